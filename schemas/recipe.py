@@ -1,0 +1,264 @@
+"""The recipe: one YAML file, one pipeline run.
+
+Every class is frozen and refuses unknown keys. Units are in the field names or descriptions.
+The JSON Schema that editors use is generated from these classes (`schemas/recipe.schema.json`).
+Reading YAML and turning errors into places and fixes is the work of `schemas/load.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Task = Literal["causal-lm", "sequence-classification"]
+Metric = Literal["accuracy", "macro_f1", "exact_match", "field_f1", "perplexity", "loss"]
+
+#: A bound on a metric, as written in `select.subject_to` and `register.gate`.
+BOUND = re.compile(r"^\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*$")
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class Frozen(BaseModel):
+    """What every part of a recipe shares: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+
+class Base(Frozen):
+    """The pretrained model that is adapted."""
+
+    model: str = Field(description="A directory (relative to the recipe file) or a hub id.")
+    revision: str | None = Field(
+        None, description="The commit of a hub id: 40 hexadecimal digits. Required for a hub id."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the frozen weights. auto: bfloat16 where the hardware multiplies it "
+        "(AMX, CUDA), float32 elsewhere.",
+    )
+
+
+class Source(Frozen):
+    """Rows: a JSONL, CSV or Parquet file, or a `datasets` hub id."""
+
+    path: str = Field(description="A file (relative to the recipe file) or `hub:NAME[/CONFIG]`.")
+    revision: str | None = Field(None, description="The commit of a hub data set.")
+    split: str | None = Field(None, description="The split of a hub data set.")
+    columns: dict[
+        Literal["messages", "prompt", "completion", "text", "label"], str
+    ] = Field(
+        default_factory=dict,
+        description="Our name: the file's name, where they differ, e.g. {text: body, label: tag}.",
+    )
+
+
+class HoldOut(Frozen):
+    """A share of the train rows, chosen by the hash of each row, so that it never drifts."""
+
+    holdout: float = Field(gt=0, lt=0.5, description="Share of the train rows, e.g. 0.1.")
+
+
+class Data(Frozen):
+    """The rows to learn from, to measure on, and what happens to those that do not fit."""
+
+    train: Source
+    test: Source | HoldOut
+    retention: Source | None = Field(
+        None, description="General text, one `text` a row, to measure what was forgotten."
+    )
+    max_length: int = Field(512, ge=8, description="Tokens a row may have, prompt and answer.")
+    on_overflow: Literal["refuse", "truncate"] = Field(
+        "refuse",
+        description="A row longer than max_length: refuse it, or cut the prompt from the left "
+        "(classification: the text from the right). An answer is never cut.",
+    )
+    template: Literal["auto", "chat", "plain"] = Field(
+        "auto",
+        description="How prompt and completion become text. chat: the model's own chat template; "
+        "plain: prompt followed by completion; auto: chat where the tokenizer has a template.",
+    )
+    test_rows: int | None = Field(
+        None, ge=1, description="Measure on this many test rows, chosen by hash. null: all."
+    )
+
+
+class TrainOverrides(Frozen):
+    """What one candidate does differently from the recipe's `train`."""
+
+    epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    batch_tokens: int | None = Field(None, ge=1)
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+
+
+class CandidateBase(Frozen):
+    """What every candidate has, whatever its method."""
+
+    name: str | None = Field(None, pattern=NAME, description="Shown in tables; unique.")
+    train: TrainOverrides = Field(default_factory=TrainOverrides)
+
+    method: str
+
+    @property
+    def label(self) -> str:
+        return self.name or self.default_name()
+
+    def default_name(self) -> str:
+        return self.method
+
+
+class Full(CandidateBase):
+    """Every weight of the base is trained."""
+
+    method: Literal["full"]
+
+
+class Lora(CandidateBase):
+    """Low-rank adaptation, W + (alpha / rank) B A. Hu et al. 2021, arXiv:2106.09685."""
+
+    method: Literal["lora"]
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Linear layers by the last part of their name, e.g. [q_proj, v_proj].",
+    )
+
+    def default_name(self) -> str:
+        return f"lora-r{self.rank}"
+
+
+Candidate = Annotated[Full | Lora, Field(discriminator="method")]
+
+
+class Train(Frozen):
+    """The training budget and schedule, the same for every candidate unless it overrides."""
+
+    epochs: float = Field(3, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps; null: by epochs.")
+    learning_rate: float = Field(2e-4, gt=0)
+    batch_tokens: int = Field(4096, ge=1, description="Tokens an optimiser step, padding excluded.")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="Padded tokens in one forward pass; bounds memory, not the result."
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps.")
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    checkpoint_every_s: float = Field(60.0, ge=0, description="Seconds; 0: after every step.")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    def for_candidate(self, overrides: TrainOverrides) -> Train:
+        """This schedule with a candidate's own values in place."""
+        return self.model_copy(update=overrides.model_dump(exclude_none=True))
+
+
+class Evaluate(Frozen):
+    """How the five criteria are measured."""
+
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer that is generated.")
+    generate_rows: int | None = Field(
+        None, ge=1, description="Generate answers for this many test rows. null: all of them."
+    )
+    batch_sizes: list[int] = Field(default_factory=lambda: [1, 8], min_length=1)
+    prompt_tokens: int = Field(64, ge=1, description="Prompt length for the latency figures.")
+    repeats: int = Field(20, ge=3, description="Timed repeats of each latency figure.")
+    bootstrap: int = Field(1000, ge=100, description="Resamples for the 95 % intervals.")
+
+
+class Select(Frozen):
+    """Which candidate goes on to be finished."""
+
+    maximize: str | None = Field(None, description="A figure of the report, e.g. accuracy.")
+    minimize: str | None = Field(None, description="A figure of the report, e.g. perplexity.")
+    subject_to: dict[str, str] = Field(
+        default_factory=dict, description='Bounds, e.g. {adapter_mib: "<= 10"}.'
+    )
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Select:
+        if (self.maximize is None) == (self.minimize is None):
+            raise ValueError("give exactly one of `maximize` and `minimize`")
+        return self
+
+    @field_validator("subject_to")
+    @classmethod
+    def _bounds(cls, value: dict[str, str]) -> dict[str, str]:
+        return checked_bounds(value)
+
+
+class Finish(Frozen):
+    """What becomes of the selected candidate before it is registered."""
+
+    merge: bool = Field(True, description="Fold the adapter into the base's weights.")
+
+
+class Register(Frozen):
+    """The MLflow registered model, and what a version must show before it is promoted."""
+
+    name: str = Field(pattern=NAME)
+    gate: dict[str, str] = Field(
+        default_factory=dict, description='Bounds on the finished model, e.g. {accuracy: ">= 0.9"}.'
+    )
+    promote: bool = Field(False, description="Give a version that passes the gate `champion`.")
+
+    @field_validator("gate")
+    @classmethod
+    def _bounds(cls, value: dict[str, str]) -> dict[str, str]:
+        return checked_bounds(value)
+
+
+class Recipe(Frozen):
+    """One pipeline run, from rows to a promoted model."""
+
+    FILE_KEYS: ClassVar[tuple[str, ...]] = ("base.model", "data.*.path")
+
+    name: str = Field(pattern=NAME)
+    task: Task
+    base: Base
+    data: Data
+    candidates: list[Candidate] = Field(min_length=1)
+    train: Train = Field(default_factory=Train)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    select: Select
+    finish: Finish = Field(default_factory=Finish)
+    register_: Register = Field(alias="register")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @field_validator("candidates")
+    @classmethod
+    def _names_differ(cls, value: list[Any]) -> list[Any]:
+        labels = [candidate.label for candidate in value]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"candidates share the name {', '.join(twice)}: give each a `name`")
+        return value
+
+
+def checked_bounds(bounds: dict[str, str]) -> dict[str, str]:
+    """The bounds as given, or a ValueError that names the first that cannot be read."""
+    for name, bound in bounds.items():
+        if not BOUND.match(bound):
+            raise ValueError(f'{name}: {bound!r} is no bound; write e.g. ">= 0.9" or "<= 10"')
+    return bounds
+
+
+def holds(bound: str, value: float) -> bool:
+    """Whether `value` keeps a bound such as ">= 0.9". A NaN keeps none."""
+    match = BOUND.match(bound)
+    assert match, bound
+    limit = float(match[2])
+    sign = match[1]
+    if sign == "<=":
+        return value <= limit
+    if sign == ">=":
+        return value >= limit
+    return value < limit if sign == "<" else value > limit

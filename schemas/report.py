@@ -1,0 +1,200 @@
+"""The reports: what was found in the data, and the five criteria of one subject.
+
+Every figure names its unit here and, in `how`, the way it was measured. The flat names of
+`CriteriaReport.figures()` are those of `select`, of the gate and of MLflow's metrics.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LengthHistogram(Strict):
+    """Row lengths in tokens. counts[i] rows have edges[i] <= length < edges[i + 1]."""
+
+    edges: list[int]
+    counts: list[int]
+
+
+class SplitReport(Strict):
+    """What became of the rows of one split. rows_in == rows_kept + sum(refused.values())."""
+
+    path: str
+    rows_in: int
+    rows_kept: int
+    refused: dict[str, int] = Field(
+        description="First reason: rows. Every reason of a row stands in the quarantine."
+    )
+    truncated: int = Field(description="Rows kept whose prompt was cut to max_length.")
+    label_less: int = Field(description="Rows whose answer has no token left; always refused.")
+    tokens: int
+    answer_tokens: int
+    lengths: LengthHistogram
+
+
+class DataReport(Strict):
+    """The data report of one prepared data set."""
+
+    task: str
+    template: Literal["chat", "plain", "none"]
+    max_length: int
+    splits: dict[str, SplitReport]
+    labels: dict[str, int] = Field(default_factory=dict, description="Label: rows in train.")
+
+
+class Interval(Strict):
+    """A figure with its 95 % interval (percentile bootstrap over rows)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Storage(Strict):
+    shipped_bytes: int = Field(description="Bytes that must be shipped for this task.")
+    trainable_parameters: int
+    trainable_share: float = Field(description="Of the base's parameters, 0 to 1.")
+
+
+class Memory(Strict):
+    """MiB. CPU: peak resident set of the isolated process minus its floor before loading."""
+
+    train_peak_mib: float | None
+    generate_peak_mib: float
+    base_generate_peak_mib: float
+
+
+class Computation(Strict):
+    forward_flops_per_token: float
+    backward_flops_per_token: float | None
+    step_time_s: float | None = Field(description="Median of the optimiser steps.")
+    train_tokens_per_s: float | None
+    flops_ratio_to_full: float | None = Field(description="Forward + backward, of full tuning's.")
+    step_time_ratio_to_full: float | None
+
+
+class Accuracy(Strict):
+    """The task's metrics on the held-out rows, and what was forgotten."""
+
+    metrics: dict[str, Interval] = Field(
+        description="sequence-classification: accuracy, macro_f1, loss. causal-lm: exact_match, "
+        "field_f1 (where answers are JSON objects), perplexity, loss (nats per answer token)."
+    )
+    rows: int
+    retention_loss: float | None = Field(description="Nats per token of general text.")
+    retention_loss_base: float | None
+    retention_change: float | None = Field(description="retention_loss minus the base's.")
+
+
+class Latency(Strict):
+    """One batch size. ms; ratios are medians to the base's in the same process."""
+
+    batch_size: int
+    merged: bool
+    prefill_p50_ms: float
+    prefill_p95_ms: float
+    token_p50_ms: float | None = Field(description="None for classification: nothing is decoded.")
+    token_p95_ms: float | None
+    prefill_ratio: float
+    token_ratio: float | None
+
+
+class Example(Strict):
+    prompt: str
+    expected: str
+    got: str
+    right: bool
+
+
+class CriteriaReport(Strict):
+    """The five criteria of one subject: the base, a candidate, or the finished model."""
+
+    subject: Literal["base", "candidate", "finished"]
+    method: str
+    storage: Storage
+    memory: Memory
+    computation: Computation
+    accuracy: Accuracy
+    inference_overhead: list[Latency]
+    examples: list[Example]
+    device: str = Field(description="cpu, or the GPU's name.")
+    dtype: str
+    how: dict[str, str] = Field(description="Criterion: how it was measured, in words.")
+
+    def figures(self) -> dict[str, float]:
+        """Flat name: value, for bounds, tables and MLflow. Figures that do not exist are absent."""
+        computation = self.computation.model_dump()
+        flat: dict[str, float | None] = {
+            "shipped_bytes": self.storage.shipped_bytes,
+            "adapter_mib": self.storage.shipped_bytes / 2**20,
+            "trainable_parameters": self.storage.trainable_parameters,
+            "trainable_share": self.storage.trainable_share,
+            **self.memory.model_dump(),
+            **computation,
+            "retention_loss": self.accuracy.retention_loss,
+            "retention_change": self.accuracy.retention_change,
+        }
+        for name, interval in self.accuracy.metrics.items():
+            flat[name] = interval.value
+        for row in self.inference_overhead:
+            tag = f"b{row.batch_size}" + ("_merged" if row.merged else "")
+            flat[f"prefill_p50_ms_{tag}"] = row.prefill_p50_ms
+            flat[f"prefill_ratio_{tag}"] = row.prefill_ratio
+            flat[f"token_p50_ms_{tag}"] = row.token_p50_ms
+            flat[f"token_ratio_{tag}"] = row.token_ratio
+        return {name: float(value) for name, value in flat.items() if value is not None}
+
+
+class CurvePoint(Strict):
+    """One optimiser step of a training curve (train entry, curve.json is a list of these)."""
+
+    step: int
+    epoch: float
+    loss: float = Field(description="Nats per answer token, or per row for classification.")
+    learning_rate: float
+    grad_norm: float
+    tokens: int = Field(description="Tokens seen so far, padding excluded.")
+    step_time_s: float
+
+
+class Registration(Strict):
+    """What came of registering: the version, and the proof that it loads as it was trained."""
+
+    name: str
+    version: str
+    run_id: str
+    model_uri: str
+    max_logit_difference: float = Field(description="Reloaded in a fresh process, to the entry's.")
+    tolerance: float
+
+
+class GateVerdict(Strict):
+    """Each bound of the gate with the figure it met."""
+
+    passed: bool
+    checks: list[GateCheck]
+
+
+class GateCheck(Strict):
+    figure: str
+    bound: str
+    value: float | None
+    passed: bool
+
+
+class LedgerEntry(Strict):
+    """One line of the append-only ledger of promotions."""
+
+    when: str
+    who: str
+    name: str
+    alias: str
+    from_version: str | None
+    to_version: str
+    why: str

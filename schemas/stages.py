@@ -1,0 +1,118 @@
+"""What each stage is told, and the version of its algorithm.
+
+A stage is `run(spec, paths, out_dir) -> facts`. Its spec holds only what changes its result, so
+that the spec, the keys of its inputs and the hashes of outside files make the key of its entry.
+Paths travel beside the spec and are never hashed: the same rows in another place are the same.
+
+Raise a stage's VERSION when its output for the same spec changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from schemas.manifest import FileFormat
+from schemas.recipe import Candidate, Data, Evaluate, Finish, Frozen, Task, Train
+
+
+class PrepareSpec(Frozen):
+    """paths: train, test (absent for a hold-out), retention (optional), base (its tokenizer).
+
+    The entry: rows/{train,test,retention}.parquet, quarantine.parquet, data_report.json,
+    tokens/{train,test,retention}.safetensors, test_rows.jsonl, labels.json (classification).
+    `tasks/core/tokens.py` states the token files.
+    """
+
+    STAGE: ClassVar[str] = "prepare"
+    VERSION: ClassVar[int] = 1
+
+    task: Task
+    data: Data = Field(description="With every `path` replaced by its file name.")
+
+
+class TrainSpec(Frozen):
+    """paths: prepared, base. The entry: model/ (adapter or whole model), curve.json."""
+
+    STAGE: ClassVar[str] = "train"
+    VERSION: ClassVar[int] = 1
+
+    task: Task
+    candidate: Candidate = Field(description="Without its name and its train overrides.")
+    train: Train = Field(description="With the candidate's overrides in place.")
+    dtype: Literal["float32", "bfloat16"]
+
+
+class EvaluateSpec(Frozen):
+    """paths: prepared, base, subject (a train or merge entry; absent for the base itself).
+
+    The entry: criteria.json (`schemas.report.CriteriaReport`), predictions.jsonl.
+    """
+
+    STAGE: ClassVar[str] = "evaluate"
+    VERSION: ClassVar[int] = 1
+
+    task: Task
+    subject: Literal["base", "candidate", "finished"]
+    evaluate: Evaluate
+    train: Train = Field(description="The batch sizes for which a training step is measured.")
+    dtype: Literal["float32", "bfloat16"]
+
+
+class MergeSpec(Frozen):
+    """paths: base, trained. The entry: model/, a whole transformers directory with tokenizer."""
+
+    STAGE: ClassVar[str] = "merge"
+    VERSION: ClassVar[int] = 1
+
+    finish: Finish
+
+
+class RegisterSpec(Frozen):
+    """paths: prepared, base, finished (merge or train entry), evaluated.
+
+    The entry: registration.json (`schemas.report.Registration`). The registry itself is named
+    by the environment variable MLFLOW_TRACKING_URI, which may hold a secret.
+    """
+
+    STAGE: ClassVar[str] = "register"
+    VERSION: ClassVar[int] = 1
+
+    task: Task
+    name: str
+    recipe_name: str
+    base: dict[str, str | None] = Field(description="model (as written in the recipe), revision.")
+    max_new_tokens: int
+    tracking: str = Field(description="Hash of the tracking URI: another registry, another entry.")
+
+
+class PageSpec(Frozen):
+    """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished.
+
+    The entry: report.html, one file that reads offline.
+    """
+
+    STAGE: ClassVar[str] = "report"
+    VERSION: ClassVar[int] = 1
+
+    recipe_name: str
+    recipe_yaml: str
+    labels: list[str]
+    selected: str
+    why: str = Field(description="The selection in words.")
+    goal: str = Field(description="The figure that was maximised or minimised.")
+
+
+class Call(BaseModel):
+    """One request to a stage, as JSON on its command line: `python -m tasks.train CALL.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    stage_version: int
+    format: FileFormat
+    spec: dict[str, Any]
+    paths: dict[str, str]
+    inputs: dict[str, str] = Field(default_factory=dict, description="Input name: entry key.")
+    outside: dict[str, str] = Field(default_factory=dict, description="Name: content hash.")

@@ -1,0 +1,48 @@
+"""How every stage is started: `python -m tasks.<stage> CALL.json --store DIR`.
+
+The last line on standard output names the entry. A user's mistake exits with 2, any other
+failure with 1; with `PEFTFLOW_EVENTS=1` the error comes as one JSON event with its places.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from schemas.errors import RetryableError, StageError, UserError
+from schemas.recipe import Frozen
+from schemas.stages import Call
+from tasks.core.progress import emit
+from tasks.core.store import Store
+
+Spec = TypeVar("Spec", bound=Frozen)
+Paths = dict[str, Path]
+
+
+def main(spec_type: type[Spec], run: Callable[[Spec, Paths, Path], dict[str, Any]]) -> None:
+    """The command line of one stage; `run(spec, paths, out_dir)` returns the entry's facts."""
+    parser = argparse.ArgumentParser(prog=f"python -m tasks.{Path(sys.argv[0]).parent.name}")
+    parser.add_argument("call", type=Path, help="a JSON file, see schemas.stages.Call")
+    parser.add_argument("--store", type=Path, required=True, help="the store's root directory")
+    arguments = parser.parse_args()
+    call = Call.model_validate_json(arguments.call.read_bytes())
+    try:
+        spec = spec_type.model_validate(call.spec)
+        paths = {name: Path(path) for name, path in call.paths.items()}
+        entry = Store(arguments.store).make(call, lambda out: run(spec, paths, out))
+    except UserError as error:
+        problems = [problem.as_dict() for problem in error.problems]
+        emit({"event": "user_error", "message": str(error), "problems": problems})
+        sys.exit(2)
+    except Exception as error:
+        if not isinstance(error, StageError):
+            traceback.print_exc()
+        retryable = isinstance(error, RetryableError)
+        message = str(error) or type(error).__name__
+        emit({"event": "failure", "message": message, "retryable": retryable})
+        sys.exit(1)
+    emit({"event": "entry", "message": str(entry.path), "key": entry.key})

@@ -1,0 +1,201 @@
+"""The artifact store: entries that are whole, hashed and never made twice.
+
+    <root>/<stage>/<key>/            an entry; manifest.json was written last
+    <root>/<stage>/.work-<key>/      being made; a killed run goes on from what it finds here
+    <root>/<stage>/.bad-<key>-<n>/   an entry whose hashes no longer match, kept for a person
+
+The key of an entry is the hash of all that decides its content (`Call`), so the same call
+finds the same entry, and any change in what a stage reads makes a new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from schemas.errors import RetryableError, UserError
+from schemas.manifest import FileRecord, Manifest
+from schemas.stages import Call
+from tasks.core.files import fsync_path, sha256_file, sha256_json, write_atomic
+from tasks.core.progress import warn
+from tasks.core.provenance import Stopwatch
+
+MANIFEST = "manifest.json"
+
+#: What a stage keeps in its work directory for itself. Not part of the entry.
+SCRATCH = "scratch"
+
+
+def key_of(call: Call) -> str:
+    """The key of the entry that a call makes: 40 hexadecimal digits."""
+    return sha256_json(
+        {
+            "stage": call.stage,
+            "stage_version": call.stage_version,
+            "spec": call.spec,
+            "inputs": call.inputs,
+            "outside": call.outside,
+        }
+    )[:40]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A whole entry of the store."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def key(self) -> str:
+        return self.manifest.key
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.manifest.facts
+
+
+class Store:
+    """Entries under one root directory, safe for several processes at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
+
+    def find(self, call: Call) -> Entry | None:
+        """The entry of this call, or None. One that is damaged is set aside, aloud."""
+        stage, key = call.stage, key_of(call)
+        path = self.path(stage, key)
+        if not path.exists():
+            return None
+        problem = damage(path)
+        if problem is None:
+            return Entry(path, read_manifest(path))
+        aside = self._aside(stage, key)
+        os.replace(path, aside)
+        warn(f"{stage} entry {key[:12]} is damaged ({problem}); set aside as {aside}, made again")
+        return None
+
+    def make(self, call: Call, run: Callable[[Path], dict[str, Any]]) -> Entry:
+        """The entry of this call: found, or made by `run(work_dir)`, which returns its facts.
+
+        `run` may find files of an earlier, killed attempt in its directory. What it leaves in
+        `scratch/` is thrown away when the entry is sealed.
+
+        Raises:
+            UserError: the store cannot be written to.
+            RetryableError: the disk is full. Nothing of the store is changed.
+        """
+        key = key_of(call)
+        with storage_errors(self.root):
+            (self.root / call.stage).mkdir(parents=True, exist_ok=True)
+            with self._lock(call.stage, key):
+                found = self.find(call)
+                if found is not None:
+                    return found
+                work = self.root / call.stage / f".work-{key}"
+                work.mkdir(exist_ok=True)
+                watch = Stopwatch()
+                facts = run(work)
+                self._seal(call, key, work, facts, watch)
+        return Entry(self.path(call.stage, key), read_manifest(self.path(call.stage, key)))
+
+    def entries(self) -> Iterator[Entry]:
+        """Every whole entry, unchecked: for listings."""
+        for manifest in sorted(self.root.glob(f"*/[!.]*/{MANIFEST}")):
+            yield Entry(manifest.parent, read_manifest(manifest.parent))
+
+    def _seal(
+        self, call: Call, key: str, work: Path, facts: dict[str, Any], watch: Stopwatch
+    ) -> None:
+        shutil.rmtree(work / SCRATCH, ignore_errors=True)
+        (work / MANIFEST).unlink(missing_ok=True)
+        files: dict[str, FileRecord] = {}
+        for path in sorted(path for path in work.rglob("*") if path.is_file()):
+            fsync_path(path)
+            files[path.relative_to(work).as_posix()] = FileRecord(
+                bytes=path.stat().st_size, sha256=sha256_file(path)
+            )
+        for directory in {path.parent for path in work.rglob("*")}:
+            fsync_path(directory)
+        manifest = Manifest(
+            stage=call.stage,
+            stage_version=call.stage_version,
+            key=key,
+            format=facts.pop("format", call.format),
+            spec=call.spec,
+            inputs=call.inputs,
+            outside=call.outside,
+            facts=json.loads(json.dumps(facts, allow_nan=False)),
+            files=files,
+            provenance=watch.provenance(),
+        )
+        write_atomic(work / MANIFEST, manifest.model_dump_json(indent=1))
+        os.replace(work, self.path(call.stage, key))
+        fsync_path(self.root / call.stage)
+
+    def _aside(self, stage: str, key: str) -> Path:
+        number = 0
+        while (path := self.root / stage / f".bad-{key}-{number}").exists():
+            number += 1
+        return path
+
+    @contextmanager
+    def _lock(self, stage: str, key: str) -> Iterator[None]:
+        """One maker of an entry at a time; the lock goes with the process, however it ends."""
+        with (self.root / stage / f".lock-{key}").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def read_manifest(path: Path) -> Manifest:
+    return Manifest.model_validate_json((path / MANIFEST).read_bytes())
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with an entry, in words, or None. Reads and hashes every file."""
+    try:
+        manifest = read_manifest(path)
+    except FileNotFoundError:
+        return "no manifest"
+    except ValidationError:
+        return "its manifest cannot be read"
+    for name, record in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != record.bytes:
+            return f"{name} has {file.stat().st_size} bytes, not {record.bytes}"
+        if sha256_file(file) != record.sha256:
+            return f"the hash of {name} differs"
+    return None
+
+
+@contextmanager
+def storage_errors(root: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into words with a fix."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RetryableError(
+                f"{root}: the disk is full. Free some space and run again: "
+                "finished stages are kept, and training goes on from its last checkpoint."
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError.at(
+                root, "cannot be written to", "choose another place with --home DIR"
+            ) from error
+        raise

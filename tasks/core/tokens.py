@@ -1,0 +1,61 @@
+"""Token files: the rows of one split as flat tensors, memory-mapped when read.
+
+tokens/<split>.safetensors holds, for N rows of T tokens in all:
+
+    input_ids     int32 [T]      rows end to end, no padding
+    offsets       int64 [N + 1]  row i is input_ids[offsets[i]:offsets[i + 1]]
+    source_rows   int64 [N]      line of the row in its source file, from 1
+    loss_mask     uint8 [T]      causal-lm: 1 where a token is learned (answers and their EOS)
+    answer_start  int64 [N]      causal-lm: position within the row of its last answer's first token
+    labels        int64 [N]      sequence-classification: index into labels.json
+
+Retention rows have a loss_mask of ones but for each row's first token, for every task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from safetensors import safe_open
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of one split; see the table above for the arrays."""
+
+    input_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    source_rows: NDArray[np.int64]
+    loss_mask: NDArray[np.uint8] | None = None
+    answer_start: NDArray[np.int64] | None = None
+    labels: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row, [N]."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> NDArray[np.int32]:
+        """The tokens of one row, without a copy."""
+        return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def mask(self, index: int) -> NDArray[np.uint8]:
+        """The loss mask of one row, without a copy."""
+        assert self.loss_mask is not None
+        return self.loss_mask[self.offsets[index] : self.offsets[index + 1]]
+
+    def save(self, path: Path) -> None:
+        arrays = {name: value for name, value in vars(self).items() if value is not None}
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> TokenRows:
+        with safe_open(path, framework="np") as file:
+            return cls(**{name: file.get_tensor(name) for name in file.keys()})
