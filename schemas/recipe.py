@@ -8,9 +8,17 @@ Reading YAML and turning errors into places and fixes is the work of `schemas/lo
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Task = Literal["causal-lm", "sequence-classification"]
 Metric = Literal["accuracy", "macro_f1", "exact_match", "field_f1", "perplexity", "loss"]
@@ -47,9 +55,7 @@ class Source(Frozen):
     path: str = Field(description="A file (relative to the recipe file) or `hub:NAME[/CONFIG]`.")
     revision: str | None = Field(None, description="The commit of a hub data set.")
     split: str | None = Field(None, description="The split of a hub data set.")
-    columns: dict[
-        Literal["messages", "prompt", "completion", "text", "label"], str
-    ] = Field(
+    columns: dict[Literal["messages", "prompt", "completion", "text", "label"], str] = Field(
         default_factory=dict,
         description="Our name: the file's name, where they differ, e.g. {text: body, label: tag}.",
     )
@@ -61,11 +67,21 @@ class HoldOut(Frozen):
     holdout: float = Field(gt=0, lt=0.5, description="Share of the train rows, e.g. 0.1.")
 
 
+def _test_kind(value: Any) -> str:
+    """A test section with `holdout` is a share of train; any other names a source."""
+    if isinstance(value, dict):
+        return "share" if "holdout" in value else "source"
+    return "share" if isinstance(value, HoldOut) else "source"
+
+
 class Data(Frozen):
     """The rows to learn from, to measure on, and what happens to those that do not fit."""
 
     train: Source
-    test: Source | HoldOut
+    test: Annotated[
+        Annotated[Source, Tag("source")] | Annotated[HoldOut, Tag("share")],
+        Discriminator(_test_kind),
+    ]
     retention: Source | None = Field(
         None, description="General text, one `text` a row, to measure what was forgotten."
     )
@@ -217,8 +233,6 @@ class Register(Frozen):
 
 class Recipe(Frozen):
     """One pipeline run, from rows to a promoted model."""
-
-    FILE_KEYS: ClassVar[tuple[str, ...]] = ("base.model", "data.*.path")
 
     name: str = Field(pattern=NAME)
     task: Task

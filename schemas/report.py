@@ -151,6 +151,26 @@ class CriteriaReport(Strict):
         return {name: float(value) for name, value in flat.items() if value is not None}
 
 
+#: The metrics of each task, and whether more is better.
+TASK_METRICS: dict[str, dict[str, bool]] = {
+    "sequence-classification": {"accuracy": True, "macro_f1": True, "loss": False},
+    "causal-lm": {"exact_match": True, "field_f1": True, "perplexity": False, "loss": False},
+}
+
+
+def figure_names(task: str, batch_sizes: list[int]) -> list[str]:
+    """The names that `CriteriaReport.figures()` may have for a task: what a bound can speak of."""
+    names = [*TASK_METRICS[task], "shipped_bytes", "adapter_mib"]
+    names += ["trainable_parameters", "trainable_share"]
+    names += [*Memory.model_fields, *Computation.model_fields]
+    names += ["retention_loss", "retention_change"]
+    per_token = ["token_p50_ms", "token_ratio"] if task == "causal-lm" else []
+    for size in batch_sizes:
+        for figure in ["prefill_p50_ms", "prefill_ratio", *per_token]:
+            names += [f"{figure}_b{size}", f"{figure}_b{size}_merged"]
+    return names
+
+
 class CurvePoint(Strict):
     """One optimiser step of a training curve (train entry, curve.json is a list of these)."""
 
@@ -174,18 +194,18 @@ class Registration(Strict):
     tolerance: float
 
 
-class GateVerdict(Strict):
-    """Each bound of the gate with the figure it met."""
-
-    passed: bool
-    checks: list[GateCheck]
-
-
 class GateCheck(Strict):
     figure: str
     bound: str
     value: float | None
     passed: bool
+
+
+class GateVerdict(Strict):
+    """Each bound of the gate with the figure it met."""
+
+    passed: bool
+    checks: list[GateCheck]
 
 
 class LedgerEntry(Strict):

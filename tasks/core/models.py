@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -72,8 +72,11 @@ def load_base(
             **extra,
         )
     except ValueError as error:
-        raise UserError.at(base, f"cannot be loaded for {task}: {error}", "choose another base")
-    return model.eval()
+        raise UserError.at(
+            base, f"cannot be loaded for {task}: {error}", "choose another base"
+        ) from error
+    model.eval()
+    return cast(PreTrainedModel, model)
 
 
 def load_trained(
@@ -84,8 +87,8 @@ def load_trained(
         from peft import PeftModel
 
         model = load_base(base, task, labels, dtype)
-        return PeftModel.from_pretrained(model, model_dir).eval()
-    return load_base(model_dir, task, labels, dtype)
+        return cast(torch.nn.Module, PeftModel.from_pretrained(model, model_dir).eval())
+    return cast(torch.nn.Module, load_base(model_dir, task, labels, dtype))
 
 
 def require_safetensors(directory: Path) -> None:

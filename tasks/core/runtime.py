@@ -24,7 +24,7 @@ def device() -> torch.device:
 def has_fast_bfloat16() -> bool:
     """Whether the hardware multiplies bfloat16 matrices at least as fast as float32."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 

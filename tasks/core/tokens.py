@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,4 @@ class TokenRows:
     @classmethod
     def load(cls, path: Path) -> TokenRows:
         with safe_open(path, framework="np") as file:
-            return cls(**{name: file.get_tensor(name) for name in file.keys()})
+            return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

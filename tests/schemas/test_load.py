@@ -1,0 +1,178 @@
+"""A recipe is read whole: every error at once, each with its line, its find and its fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from schemas.errors import UserError
+from schemas.load import load_recipe, recipe_json_schema
+from schemas.recipe import Lora, holds
+
+ROOT = Path(__file__).parents[2]
+
+GOOD = """\
+name: banking77-intent
+task: sequence-classification
+base: {model: base}
+data:
+  train: {path: rows.csv, columns: {label: category}}
+  test: {holdout: 0.1}
+candidates:
+  - {method: full}
+  - {method: lora, rank: 16, train: {learning_rate: 2e-3}}
+select: {maximize: accuracy, subject_to: {adapter_mib: "<= 10"}}
+register: {name: banking77-intent}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "rows.csv").write_text("text,category\nhello,greeting\n")
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    return tmp_path
+
+
+def problems(folder: Path, text: str, overrides: list[str] | None = None) -> list[str]:
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(folder / "recipe.yaml", overrides)
+    return [str(problem).replace(str(folder) + "/", "") for problem in caught.value.problems]
+
+
+def test_good_recipe(folder: Path) -> None:
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert [candidate.label for candidate in recipe.candidates] == ["full", "lora-r16"]
+    # 2e-3 is a string to YAML 1.1; a learning rate that stays a string would be refused.
+    assert recipe.candidates[1].train.learning_rate == 0.002
+    merged = recipe.train.for_candidate(recipe.candidates[1].train)
+    assert merged.learning_rate == 0.002
+    assert merged.epochs == recipe.train.epochs
+
+
+def test_every_error_comes_at_once_with_place_and_nearest_key(folder: Path) -> None:
+    text = (
+        GOOD.replace("task: seq", "task: sek")
+        .replace("rank: 16", "rnk: 16, alpha: -3")
+        .replace("method: full", "method: ful")
+        .replace("maximize: accuracy", "maximize: acuracy")
+        .replace("register:", "regster:")
+    )
+    found = problems(folder, text)
+    assert len(found) == 5
+    by_line = dict(zip((2, 8, 9, 9, 11), found, strict=True))
+    assert "did you mean `sequence-classification`" in by_line[2]
+    assert "recipe.yaml:8 candidates[0]: unknown method 'ful'" in by_line[8]
+    assert any("candidates[1].rnk" in line and "`rank`" in line for line in found)
+    assert any("candidates[1].alpha" in line and "greater than 0" in line for line in found)
+    assert "did you mean `register`" in by_line[11]
+
+
+def test_unknown_figures_name_the_nearest(folder: Path) -> None:
+    text = GOOD.replace("maximize: accuracy", "maximize: acuracy").replace(
+        "adapter_mib:", "adaptor_mib:"
+    )
+    found = problems(folder, text)
+    assert len(found) == 2
+    assert "select.maximize" in found[0] + found[1]
+    assert "`accuracy`" in found[0] + found[1]
+    assert "`adapter_mib`" in found[0] + found[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("rows.csv", "nowhere.csv"), "data.train.path: no such file: nowhere.csv"),
+        (("model: base", "model: ./nowhere"), "no such directory"),
+        (("model: base", "model: org/name"), "without a pinned commit"),
+        (("model: base", "model: org/name, revision: main"), "without a pinned commit"),
+        (("holdout: 0.1", "holdout: 0.9"), "less than 0.5"),
+        (('"<= 10"', '"= 10"'), "is no bound"),
+        (("name: banking77-intent\nt", "name: a/b\nt"), "name"),
+        (("method: full", "method: lora"), "share the name lora-r16"),
+        (("{maximize: accuracy,", "{"), "exactly one of"),
+        (("task: seq", "task: x\ntask: seq"), "stands twice"),
+        (("base: {model", "base: [model"), "not YAML"),
+    ],
+)
+def test_each_mistake(folder: Path, change: tuple[str, str], expected: str) -> None:
+    assert change[0] in GOOD
+    text = GOOD.replace(*change)
+    if expected == "share the name lora-r16":
+        text = text.replace("{method: lora}", "{method: lora, rank: 16}")
+    assert any(expected in problem for problem in problems(folder, text))
+
+
+def test_overrides(folder: Path) -> None:
+    recipe = load_recipe(
+        folder / "recipe.yaml", ["train.epochs=1", "candidates.1.rank=4", "data.max_length=64"]
+    )
+    assert recipe.train.epochs == 1
+    assert recipe.data.max_length == 64
+    assert isinstance(recipe.candidates[1], Lora)
+    assert recipe.candidates[1].rank == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("epochs", "not of the form key=value"),
+        ("candidates.7.rank=4", "items 0 to 1"),
+        ("name.x=4", "not a section"),
+        ("train.epoch=1", "did you mean `epochs`"),
+    ],
+)
+def test_bad_overrides(folder: Path, override: str, expected: str) -> None:
+    assert expected in "".join(problems(folder, GOOD, [override]))
+
+
+def test_absent_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="UTF-8"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_recipes_are_frozen(folder: Path) -> None:
+    recipe = load_recipe(folder / "recipe.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_validate(path: Path) -> None:
+    """Each starts with the command that runs it and names the JSON Schema for editors."""
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"# peftflow run recipes/{path.name}"
+    assert lines[1] == "# yaml-language-server: $schema=../schemas/recipe.schema.json"
+    try:
+        load_recipe(path)
+    except UserError as error:
+        absent = [p for p in error.problems if "no such" not in p.found]
+        assert not absent, error
+        pytest.skip(f"needs files that the project does not ship: {error.problems[0].found}")
+
+
+def test_json_schema_is_the_generated_one() -> None:
+    committed = json.loads((ROOT / "schemas/recipe.schema.json").read_text())
+    assert committed == recipe_json_schema(), "run `peftflow schema --write`"
+    assert yaml.safe_load(GOOD).keys() <= committed["properties"].keys()
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "kept"),
+    [
+        (">= 0.9", 0.9, True),
+        ("> 0.9", 0.9, False),
+        ("<= 1e1", 10.0, True),
+        ("< 10", 10.0, False),
+        (">= -1", float("nan"), False),
+    ],
+)
+def test_bounds(bound: str, value: float, kept: bool) -> None:
+    assert holds(bound, value) is kept
