@@ -1,6 +1,7 @@
 """Loading: the frozen base, its tokenizer, and what a train or merge entry adds to it.
 
-Only safetensors are read: a `.bin` or `.pt` checkpoint is a pickle, which runs code on loading.
+Only safetensors are read: a `.bin` or `.pt` checkpoint is a pickle, which runs code on loading
+(`tasks/core/bases.py` refuses it).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from schemas.errors import UserError
+from tasks.core.bases import require_safetensors
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 
 MODEL_CLASSES = {
@@ -89,21 +91,3 @@ def load_trained(
         model = load_base(base, task, labels, dtype)
         return cast(torch.nn.Module, PeftModel.from_pretrained(model, model_dir).eval())
     return cast(torch.nn.Module, load_base(model_dir, task, labels, dtype))
-
-
-def require_safetensors(directory: Path) -> None:
-    """Raise a UserError for a directory whose weights are pickles or missing."""
-    if any(directory.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt"))
-    if pickles:
-        raise UserError.at(
-            directory / pickles[0],
-            "a pickled checkpoint, which runs code when it is loaded; refused",
-            "convert it once with `save_pretrained(..., safe_serialization=True)`",
-        )
-    raise UserError.at(
-        directory,
-        "holds no *.safetensors weights",
-        "give a transformers directory (config.json, tokenizer, *.safetensors) or a hub id",
-    )

@@ -95,7 +95,8 @@ class Store:
         `scratch/` is thrown away when the entry is sealed.
 
         Raises:
-            UserError: the store cannot be written to.
+            UserError: from `run`, which leaves the store as it was; or the store cannot be
+                written to.
             RetryableError: the disk is full. Nothing of the store is changed.
         """
         key = key_of(call)
@@ -108,7 +109,11 @@ class Store:
                 work = self.root / call.stage / f".work-{key}"
                 work.mkdir(exist_ok=True)
                 watch = Stopwatch()
-                facts = run(work)
+                try:
+                    facts = run(work)
+                except UserError:
+                    shutil.rmtree(work)
+                    raise
                 self._seal(call, key, work, facts, watch)
         return Entry(self.path(call.stage, key), read_manifest(self.path(call.stage, key)))
 
@@ -155,9 +160,25 @@ class Store:
     @contextmanager
     def _lock(self, stage: str, key: str) -> Iterator[None]:
         """One maker of an entry at a time; the lock goes with the process, however it ends."""
-        with (self.root / stage / f".lock-{key}").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        path = self.root / stage / f".lock-{key}"
+        while True:
+            with path.open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_file(file.fileno(), path):
+                    continue  # its last holder removed it while this process waited
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one that `path` names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def read_manifest(path: Path) -> Manifest:
