@@ -115,6 +115,18 @@ def test_failed_stage_leaves_no_entry_but_its_scratch(tmp_path: Path) -> None:
     assert seen == [True]
 
 
+def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def refuse(out: Path) -> dict[str, object]:
+        write_two(out)
+        raise UserError.at("rows.jsonl:3", "is empty", "fill it")
+
+    with pytest.raises(UserError, match="is empty"):
+        store.make(call(), refuse)
+    assert [path.name for path in (tmp_path / "prepare").iterdir() if path.is_dir()] == []
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
