@@ -254,6 +254,8 @@ class Recipe(Frozen):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"candidates share the name {', '.join(twice)}: give each a `name`")
+        if taken := sorted({"base", "finished"} & set(labels)):
+            raise ValueError(f"the name {taken[0]!r} means something else in reports: take another")
         return value
 
 

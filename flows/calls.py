@@ -1,0 +1,212 @@
+"""The calls of one recipe: for each stage what it is told, which entries and files it reads.
+
+A spec holds what changes a stage's result and nothing else (`schemas/stages.py`), so these
+functions also say what a stage does *not* depend on: evaluating the untouched base, for instance,
+does not read the learning rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from flows.home import Home
+from flows.hub import base_directory, sources
+from flows.machine import Dtype, resolve_dtype
+from flows.remember import FileHashes
+from schemas.errors import Problem, UserError
+from schemas.load import resolve
+from schemas.manifest import FileFormat
+from schemas.recipe import Candidate, Frozen, Recipe, Train, TrainOverrides
+from schemas.stages import (
+    Call,
+    EvaluateSpec,
+    MergeSpec,
+    PageSpec,
+    PrepareSpec,
+    RegisterSpec,
+    TrainSpec,
+)
+from tasks.core.bases import base_files, require_safetensors, tokenizer_files
+from tasks.core.files import sha256_json
+
+
+class Made(Protocol):
+    """An entry, or one that is still to be made: what later calls need to know of it."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def path(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call and whom it is about: a candidate's label, `base`, `finished`, or nobody."""
+
+    call: Call
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.call.stage} {self.label}".strip()
+
+
+class Calls:
+    """Makes the steps of one recipe in one home. Nothing heavy is imported or read twice."""
+
+    def __init__(self, recipe: Recipe, recipe_path: Path, home: Home) -> None:
+        self.recipe, self.home = recipe, home
+        self._path = recipe_path
+        self._hashes = FileHashes(home.cache / "hashes.json")
+        check_sources(recipe, recipe_path)
+        self.base = base_directory(recipe, recipe_path)
+        check_base(self.base)
+
+    def prepare(self) -> Step:
+        data = self.recipe.data
+        paths = {"base": self.base}
+        outside = {"base": self._hashes.of_files(tokenizer_files(self.base))}
+        renamed: dict[str, Any] = {}
+        for split, source in sources(self.recipe).items():
+            if source.path.startswith("hub:"):
+                continue
+            paths[split] = resolve(source.path, self._path)
+            outside[split] = self._hashes.of_file(paths[split])
+            renamed[split] = source.model_copy(update={"path": paths[split].name})
+        spec = PrepareSpec(task=self.recipe.task, data=data.model_copy(update=renamed))
+        return self._step(spec, "rows", paths=paths, outside=outside)
+
+    def train(self, candidate: Candidate, rows: Made) -> Step:
+        plain = candidate.model_copy(update={"name": None, "train": TrainOverrides()})
+        spec = TrainSpec(
+            task=self.recipe.task,
+            candidate=plain,
+            train=self.recipe.train.for_candidate(candidate.train),
+            dtype=self.dtype,
+        )
+        kind: FileFormat = "transformers" if candidate.method == "full" else "peft-adapter"
+        return self._step(
+            spec, kind, {"prepared": rows}, self._with_base, self._weights, candidate.label
+        )
+
+    def evaluate(self, label: str, rows: Made, subject: Made | None) -> Step:
+        """`subject` is None for the untouched base; `label` is `base`, `finished` or a candidate's.
+
+        Of the training schedule only what a step costs is told: how many tokens it takes.
+        """
+        train = self.recipe.train
+        who: Any = label if label in ("base", "finished") else "candidate"
+        spec = EvaluateSpec(
+            task=self.recipe.task,
+            subject=who,
+            evaluate=self.recipe.evaluate,
+            train=Train(
+                batch_tokens=train.batch_tokens,
+                micro_batch_tokens=train.micro_batch_tokens,
+                gradient_checkpointing=train.gradient_checkpointing,
+            ),
+            dtype=self.dtype,
+        )
+        inputs = {"prepared": rows} | ({"subject": subject} if subject else {})
+        return self._step(spec, "report", inputs, self._with_base, self._weights, label)
+
+    def merge(self, label: str, trained: Made) -> Step:
+        spec = MergeSpec(finish=self.recipe.finish)
+        inputs = {"trained": trained}
+        return self._step(spec, "transformers", inputs, self._with_base, self._weights, label)
+
+    def register(self, rows: Made, finished: Made, evaluated: Made) -> Step:
+        recipe = self.recipe
+        spec = RegisterSpec(
+            task=recipe.task,
+            name=recipe.register_.name,
+            recipe_name=recipe.name,
+            base={"model": recipe.base.model, "revision": recipe.base.revision},
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            tracking=sha256_json(self.home.tracking_uri),
+        )
+        inputs = {"prepared": rows, "finished": finished, "evaluated": evaluated}
+        return self._step(spec, "registration", inputs, self._with_base, self._weights)
+
+    def page(self, inputs: dict[str, Made], selected: str, why: str) -> Step:
+        select = self.recipe.select
+        tree = self.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        spec = PageSpec(
+            recipe_name=self.recipe.name,
+            recipe_yaml=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
+            labels=[candidate.label for candidate in self.recipe.candidates],
+            selected=selected,
+            why=why,
+            goal=select.maximize or select.minimize or "",
+        )
+        return self._step(spec, "page", inputs)
+
+    @cached_property
+    def dtype(self) -> Dtype:
+        return resolve_dtype(self.recipe.base.dtype, self.home)
+
+    @property
+    def _with_base(self) -> dict[str, Path]:
+        return {"base": self.base}
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        return {"base": self._hashes.of_files(base_files(self.base))}
+
+    def _step(
+        self,
+        spec: Frozen,
+        kind: FileFormat,
+        inputs: dict[str, Made] | None = None,
+        paths: dict[str, Path] | None = None,
+        outside: dict[str, str] | None = None,
+        label: str = "",
+    ) -> Step:
+        made = inputs or {}
+        places = (paths or {}) | {name: entry.path for name, entry in made.items()}
+        stage: str = spec.STAGE  # type: ignore[attr-defined]
+        version: int = spec.VERSION  # type: ignore[attr-defined]
+        call = Call(
+            stage=stage,
+            stage_version=version,
+            format=kind,
+            spec=spec.model_dump(mode="json"),
+            paths={name: str(path) for name, path in places.items()},
+            inputs={name: entry.key for name, entry in made.items()},
+            outside=outside or {},
+        )
+        return Step(call, label)
+
+
+def check_base(base: Path) -> None:
+    """Raise a UserError, before torch loads, for what is no safetensors checkpoint."""
+    if not base.is_dir():
+        raise UserError.at(base, "is not a directory", "give a transformers directory")
+    if not (base / "config.json").is_file():
+        raise UserError.at(
+            base,
+            "holds no config.json",
+            "give a transformers directory (config.json, *.safetensors)",
+        )
+    require_safetensors(base)
+
+
+def check_sources(recipe: Recipe, recipe_path: Path) -> None:
+    """Raise a UserError for hub rows without a pinned commit, since a branch can change."""
+    problems = [
+        Problem(
+            f"{recipe_path} data.{split}",
+            f"{source.path} has no `revision`",
+            "pin the commit of the data set: 40 hexadecimal digits",
+        )
+        for split, source in sources(recipe).items()
+        if source.path.startswith("hub:") and not source.revision
+    ]
+    if problems:
+        raise UserError(problems)

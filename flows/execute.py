@@ -1,0 +1,124 @@
+"""One stage as a child process: its events are passed on, its errors become exceptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flows.home import Home
+from schemas.errors import Problem, RetryableError, StageError, UserError
+from schemas.stages import Call
+from tasks.core.store import Entry, key_of, read_manifest
+
+Event = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[1]
+BOUND = Path(__file__).with_name("bound.py")
+
+#: Lines of a child's standard error that are shown when it fails without a word of its own.
+TAIL_LINES = 12
+
+
+def run_stage(
+    call: Call, home: Home, on_event: Callable[[Event], None], *, offline: bool = True
+) -> Entry:
+    """Make the entry of `call` in a process of its own: `python -m tasks.<stage>`.
+
+    Events of kind progress, note and warning go to `on_event` as they come. The child's standard
+    error is kept in the home's `logs/`.
+
+    Raises:
+        UserError: the stage found the input wrong.
+        RetryableError: it could not finish now, and may later.
+        StageError: it failed; the message ends with where its log is.
+    """
+    log = home.logs / f"{call.stage}-{key_of(call)[:12]}.log"
+    with tempfile.NamedTemporaryFile("w", suffix=".json", dir=home.cache) as file:
+        file.write(call.model_dump_json())
+        file.flush()
+        # -P: a directory named `tasks` where the user stands must not be taken for ours.
+        command = [sys.executable, "-P", "-m", f"tasks.{call.stage}", file.name]
+        command += ["--store", str(home.store)]
+        environment = home.environment(offline=offline) | {"PEFTFLOW_EVENTS": "1"}
+        with log.open("wb") as errors, bound(command, environment, errors) as child:
+            last = _relay(child, on_event)
+            code = child.wait()
+    if code == 0 and last is not None and last["event"] == "entry":
+        path = Path(last["message"])
+        return Entry(path, read_manifest(path))
+    raise _failure(call, code, last, log)
+
+
+@contextmanager
+def bound(
+    command: list[str], environment: dict[str, str], errors: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A child that does not outlive this process, nor this block (`flows/bound.py`)."""
+    child = start_bound(command, environment, stdout=subprocess.PIPE, stderr=errors)
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGTERM)
+            child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def start_bound(
+    command: list[str], environment: dict[str, str], stdout: Any, stderr: Any
+) -> subprocess.Popen[bytes]:
+    """Start a command that ends when this process ends. Call it from a thread that lives on."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(BOUND), str(os.getpid()), *command],
+        env=environment | {"PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        process_group=0,
+    )
+
+
+def _relay(child: subprocess.Popen[bytes], on_event: Callable[[Event], None]) -> Event | None:
+    """Pass the child's events on until it ends; the last one that decides, or None."""
+    assert child.stdout is not None
+    last: Event | None = None
+    for line in child.stdout:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
+            text = line.decode(errors="replace").rstrip()
+            event = {"event": "note", "message": text}
+        if event["event"] in ("entry", "user_error", "failure"):
+            last = event
+        else:
+            on_event(event)
+    return last
+
+
+def _failure(call: Call, code: int, last: Event | None, log: Path) -> Exception:
+    """A child's end as an exception."""
+    if last is not None and last["event"] == "user_error":
+        return UserError([Problem(**problem) for problem in last["problems"]])
+    if last is not None and last["event"] == "failure":
+        kind = RetryableError if last["retryable"] else StageError
+        return kind(f"{call.stage}: {last['message']}\n    log: {log}")
+    if code > 128:
+        name = signal.Signals(code - 128).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return StageError(f"{call.stage} was ended by {name}{hint}\n    log: {log}")
+    with log.open(errors="replace") as file:
+        tail = "".join(deque(file, TAIL_LINES)).rstrip()
+    return StageError(f"{call.stage} ended with code {code} and no word\n{tail}\n    log: {log}")

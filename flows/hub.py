@@ -1,0 +1,57 @@
+"""Base models from the hub, at a pinned commit, as a local directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from schemas.errors import UserError
+from schemas.load import is_hub_id, resolve
+from schemas.recipe import Recipe, Source
+
+#: What a base may be made of. Pickles (`.bin`, `.pt`) are not even fetched.
+WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors"]
+
+
+def base_directory(recipe: Recipe, recipe_path: Path) -> Path:
+    """Where the base lies on this machine; a hub id is fetched into the hub's own cache.
+
+    Raises:
+        UserError: the hub id cannot be had; the message says how to go on without a network.
+    """
+    model, revision = recipe.base.model, recipe.base.revision
+    if not is_hub_id(model, recipe_path.parent):
+        return resolve(model, recipe_path)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+    except LocalEntryNotFoundError as error:
+        raise UserError.at(
+            f"{recipe_path} base.model",
+            f"{model}@{revision} is not in the local cache and the hub cannot be reached",
+            "fetch it where there is a network (`hf download "
+            f"{model} --revision {revision} --local-dir DIR`) and write `model: DIR`",
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        summary = str(error).strip().splitlines()[0]
+        raise UserError.at(
+            f"{recipe_path} base.model",
+            f"the hub refuses {model}@{revision}: {summary}",
+            "check the id and the commit; a gated model needs HF_TOKEN in the environment",
+        ) from error
+
+
+def needs_hub(recipe: Recipe) -> bool:
+    """Whether a stage must be able to reach the hub: some rows come from there."""
+    return any(source.path.startswith("hub:") for source in sources(recipe).values())
+
+
+def sources(recipe: Recipe) -> dict[str, Source]:
+    """The recipe's row sources by split. A hold-out is none: it is a share of train."""
+    given = {"train": recipe.data.train, "test": recipe.data.test}
+    if recipe.data.retention is not None:
+        given["retention"] = recipe.data.retention
+    return {name: source for name, source in given.items() if isinstance(source, Source)}

@@ -1,0 +1,64 @@
+"""What `dtype: auto` means on this machine, without importing torch on every start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from flows.execute import ROOT
+from flows.home import Home
+from flows.remember import Memory
+from schemas.errors import StageError
+from tasks.core.files import sha256_json
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16"}
+
+PROBE = "from tasks.core.runtime import resolve_dtype; print(resolve_dtype('auto'))"
+
+
+def resolve_dtype(wanted: str, home: Home) -> Dtype:
+    """`tasks.core.runtime.resolve_dtype`, asked in a child process once for each machine.
+
+    Torch itself gives the answer, so the two cannot differ; it is kept under what it depends on:
+    the processor's features, the GPUs, torch's version, and the variables that choose a device.
+    """
+    if wanted != "auto":
+        return DTYPES[wanted]
+    memory = Memory(home.cache / "machine.json")
+    key = f"dtype {_fingerprint()}"
+    answer = memory.get(key)
+    if answer not in DTYPES:
+        environment = home.environment() | {"PYTHONPATH": str(ROOT)}
+        probe = subprocess.run(
+            [sys.executable, "-P", "-c", PROBE], env=environment, capture_output=True, text=True
+        )
+        answer = probe.stdout.strip()
+        if answer not in DTYPES:
+            raise StageError(f"torch cannot be asked for its data types:\n{probe.stderr[-2000:]}")
+        memory.put(key, answer)
+    return DTYPES[answer]
+
+
+def _fingerprint() -> str:
+    """A hash of all that the answer depends on."""
+    flags = set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("flags", "Features", "model name")):
+                flags.add(line)
+    return sha256_json(
+        {
+            "processor": sorted(flags),
+            "gpus": sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*")),
+            "torch": metadata.version("torch"),
+            "variables": {
+                name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "PEFTFLOW_DEVICE")
+            },
+        }
+    )

@@ -1,0 +1,53 @@
+"""Answers that are dear to find and cheap to keep, in small JSON files under `cache/`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tasks.core.files import sha256_file, sha256_json, write_atomic
+
+#: A file changed this recently may change again within the resolution of its time stamp.
+SETTLED_S = 2.0
+
+
+class Memory:
+    """A dictionary in one JSON file. A lost or broken file is an empty one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def get(self, key: str) -> Any:
+        return self._known.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        self._known[key] = value
+        write_atomic(self._path, json.dumps(self._known, indent=0))
+
+
+class FileHashes:
+    """SHA-256 of files, computed again only when size, time or inode of a file has changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._memory = Memory(path)
+
+    def of_file(self, path: Path) -> str:
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        known = self._memory.get(str(path))
+        if known is not None and known[:3] == stamp:
+            return str(known[3])
+        digest = sha256_file(path)
+        if time.time() - stat.st_mtime > SETTLED_S:
+            self._memory.put(str(path), [*stamp, digest])
+        return digest
+
+    def of_files(self, paths: list[Path]) -> str:
+        """One hash of several files' names and contents. Where they lie does not count."""
+        return sha256_json({path.name: self.of_file(path) for path in paths})
