@@ -61,7 +61,10 @@ class EvaluateSpec(Frozen):
 
 
 class MergeSpec(Frozen):
-    """paths: base, trained. The entry: model/, a whole transformers directory with tokenizer."""
+    """paths: base, trained, prepared (its labels.json; only for sequence-classification).
+
+    The entry: model/, a whole transformers directory with tokenizer.
+    """
 
     STAGE: ClassVar[str] = "merge"
     VERSION: ClassVar[int] = 1
