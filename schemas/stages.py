@@ -32,6 +32,20 @@ class PrepareSpec(Frozen):
     data: Data = Field(description="With every `path` replaced by its file name.")
 
 
+class InspectSpec(Frozen):
+    """paths: base. The entry: inspection.json, what each candidate would train.
+
+    Builds every candidate on shapes alone, before any row is read, so that a target that matches
+    no module or a rank that is too large is known at once.
+    """
+
+    STAGE: ClassVar[str] = "inspect"
+    VERSION: ClassVar[int] = 1
+
+    task: Task
+    candidates: list[Candidate] = Field(description="Without their train overrides.")
+
+
 class TrainSpec(Frozen):
     """paths: prepared, base. The entry: model/ (adapter or whole model), curve.json."""
 

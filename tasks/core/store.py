@@ -107,12 +107,15 @@ class Store:
                 if found is not None:
                     return found
                 work = self.root / call.stage / f".work-{key}"
+                fresh = not work.exists()
                 work.mkdir(exist_ok=True)
                 watch = Stopwatch()
                 try:
                     facts = run(work)
                 except UserError:
-                    shutil.rmtree(work)
+                    # Checkpoints of an earlier attempt stay: the input may be put right again.
+                    if fresh:
+                        shutil.rmtree(work)
                     raise
                 self._seal(call, key, work, facts, watch)
         return Entry(self.path(call.stage, key), read_manifest(self.path(call.stage, key)))

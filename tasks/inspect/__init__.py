@@ -1,0 +1,1 @@
+"""Every candidate tried on shapes alone, before any work."""

@@ -1,0 +1,65 @@
+"""A recipe that cannot be trained is told so on shapes alone, all of its candidates at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from schemas.errors import UserError
+from schemas.recipe import Full, Lora
+from schemas.stages import InspectSpec
+from tasks.inspect.stage import run
+
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A configuration alone: inspecting needs no weights."""
+    CONFIG.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def spec(*candidates: Full | Lora) -> InspectSpec:
+    return InspectSpec(task="causal-lm", candidates=list(candidates))
+
+
+def test_counts_are_those_of_the_formula_and_of_the_real_model(base: Path, tmp_path: Path) -> None:
+    facts = run(
+        spec(Full(method="full"), Lora(method="lora", rank=4, target_modules=["q_proj", "v_proj"])),
+        {"base": base},
+        tmp_path,
+    )
+    everything = sum(weight.numel() for weight in LlamaForCausalLM(CONFIG).parameters())
+    assert facts["total_parameters"] == everything
+    assert facts["candidates"]["full"]["trainable_parameters"] == everything
+    # q: 32 to 32, v: 32 to 16, in two layers, rank * (in + out) each.
+    assert facts["candidates"]["lora-r4"]["trainable_parameters"] == 2 * 4 * (64 + 48)
+
+
+def test_every_problem_of_every_candidate_at_its_place(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        run(
+            spec(
+                Full(method="full"),
+                Lora(method="lora", rank=4, target_modules=["q_prj"]),
+                Lora(method="lora", rank=17, target_modules=["v_proj"]),
+            ),
+            {"base": base},
+            tmp_path,
+        )
+    target, rank = caught.value.problems
+    assert target.place == "candidates[1].target_modules"
+    assert "q_proj" in target.fix
+    assert rank.place == "candidates[2].rank"
+    assert "at most 16" in rank.fix
