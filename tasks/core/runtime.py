@@ -65,6 +65,11 @@ def peak_mib() -> float:
     """Peak since `peak_reset`: CUDA allocator where there is one, else resident set. MiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    return peak_resident_mib()
+
+
+def peak_resident_mib() -> float:
+    """Peak resident set of this process since `peak_reset`, whatever the device. MiB."""
     with open("/proc/self/status") as file:
         for line in file:
             if line.startswith("VmHWM:"):

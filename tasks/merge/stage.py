@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from schemas.stages import MergeSpec
 from tasks.core.bases import tokenizer_files
 from tasks.core.models import MODEL_CLASSES, read_labels
 from tasks.core.progress import say
-from tasks.core.runtime import peak_reset, resident_mib
+from tasks.core.runtime import peak_reset, peak_resident_mib, resident_mib
 from tasks.merge.adapter import read_adapter
 from tasks.merge.checkpoint import INDEX, Checkpoint
 from tasks.merge.names import Skeleton
@@ -50,7 +49,7 @@ def run(spec: MergeSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         **counts,
         "bytes": sum(path.stat().st_size for path in model_dir.iterdir()),
         "seconds": round(seconds, 3),
-        "peak_mib": round(highest_mib() - floor_mib, 1),
+        "peak_mib": round(peak_resident_mib() - floor_mib, 1),
     }
 
 
@@ -125,8 +124,3 @@ def require_untied(plan: Plan, config: dict[str, Any], task: str) -> None:
             f"{MODEL_CLASSES[task].__name__} always shares {', '.join(plan.untied)}, and the "
             "adapter changes one of them; set `finish: {merge: false}`"
         )
-
-
-def highest_mib() -> float:
-    """Peak resident set of this process since `peak_reset`, MiB: merging is the CPU's work."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
