@@ -1,0 +1,161 @@
+"""The training loop, for every method and both tasks.
+
+A step: the rows that the plan gives it, in micro-batches; the sum of their losses over the
+answer tokens of the whole step; clip; AdamW in float32 at the schedule's rate. Everything that
+a step depends on is in `RunState`, the weights, the optimiser and the random generators, which
+is what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import nn
+
+from schemas.recipe import Train
+from schemas.report import CurvePoint
+from tasks.core.progress import bar
+from tasks.core.tokens import TokenRows
+from tasks.train.batching import Batch, Rows, collate, collate_packed, micro_batches
+from tasks.train.checkpoint import Checkpoints, RunState
+from tasks.train.loss import loss_sum
+from tasks.train.schedule import learning_rate, total_steps, warmup_steps
+from tasks.train.watch import check_diverged, check_finite
+
+
+class StepPlan(Protocol):
+    """The rows of each step of an epoch: `batching.Plan`, or a benchmark's own order."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def epoch(self, epoch: int) -> Sequence[Rows]: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains on, and how.
+
+    answers: what each row adds to the loss's denominator, [rows] (`batching.answer_tokens`).
+    micro_batch_tokens: padded tokens of one forward pass.
+    pack: rows end to end with no padding, for attention that keeps them apart at no cost (CUDA).
+    chance: the loss of guessing, where the task has one.
+    """
+
+    rows: TokenRows
+    answers: NDArray[np.int64]
+    plan: StepPlan
+    task: str
+    train: Train
+    dtype: torch.dtype
+    micro_batch_tokens: int
+    pad_id: int
+    pack: bool = False
+    chance: float | None = None
+
+    @property
+    def steps(self) -> int:
+        return total_steps(self.train, self.plan.steps_per_epoch)
+
+    def batches(self, rows: Rows) -> Iterator[Batch]:
+        for part in micro_batches(rows, self.rows.lengths, self.micro_batch_tokens):
+            if self.pack:
+                yield collate_packed(self.rows, part)
+            else:
+                yield collate(self.rows, part, self.task, self.pad_id)
+
+
+def train(
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    job: Job,
+    accelerator: Accelerator,
+    checkpoints: Checkpoints | None = None,
+    state: RunState | None = None,
+) -> RunState:
+    """Train `weights` of `model` in place, from `state` (a restored run) to the last step.
+
+    Raises:
+        StageError: a loss that is no number, or a run that diverged.
+    """
+    state = state or RunState()
+    warmup = warmup_steps(job.train, job.steps)
+    began, before = time.monotonic(), state.seconds
+    saved = time.monotonic()
+    epoch, steps = -1, []
+    with bar("train", job.steps, "steps", done=state.step) as progress:
+        while state.step < job.steps:
+            if state.step // job.plan.steps_per_epoch != epoch:
+                epoch = state.step // job.plan.steps_per_epoch
+                steps = list(job.plan.epoch(epoch))
+            rows = steps[state.step % job.plan.steps_per_epoch]
+            point = _step(model, weights, optimizer, job, accelerator, state, rows)
+            check_finite(point)
+            state.step, state.tokens = point.step, point.tokens
+            state.seconds = before + time.monotonic() - began
+            state.curve.append(point)
+            check_diverged(state.curve, warmup, job.chance)
+            progress.advance(loss=point.loss, tokens_per_s=round(state.tokens / state.seconds))
+            due = time.monotonic() - saved >= job.train.checkpoint_every_s
+            if checkpoints is not None and due and state.step < job.steps:
+                checkpoints.save(state, weights, optimizer)
+                saved = time.monotonic()
+    return state
+
+
+def _step(
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    job: Job,
+    accelerator: Accelerator,
+    state: RunState,
+    rows: Rows,
+) -> CurvePoint:
+    """One optimiser step."""
+    started = time.perf_counter()
+    rate = learning_rate(job.train, state.step, job.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    answers = int(job.answers[rows].sum())
+    loss = torch.zeros((), device=accelerator.device)
+    tokens = 0
+    for batch in job.batches(rows):
+        with accelerator.autocast():
+            part = loss_sum(model, batch.to(accelerator.device), job.dtype) / answers
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
+        tokens += batch.tokens
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), job.train.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return CurvePoint(
+        step=state.step + 1,
+        epoch=(state.step + 1) / job.plan.steps_per_epoch,
+        loss=float(loss),
+        learning_rate=rate,
+        grad_norm=float(norm),
+        tokens=state.tokens + tokens,
+        step_time_s=time.perf_counter() - started,
+    )
+
+
+def make_optimizer(weights: dict[str, nn.Parameter], train: Train) -> torch.optim.AdamW:
+    """AdamW with its moments in float32; biases and norms do not decay."""
+    matrices = [weight for weight in weights.values() if weight.ndim >= 2]
+    vectors = [weight for weight in weights.values() if weight.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=train.learning_rate, fused=True
+    )

@@ -1,0 +1,167 @@
+"""Losses that never hold more logits than they must.
+
+A language model's head is its widest product: V logits for each of T tokens. Here it runs at
+the N positions whose next token is learned, C of them at a time, and each block of logits
+[C, V] becomes its gradient at once and is dropped, so that memory is C * V and not T * V.
+
+Both losses are sums in float32; the caller divides by the answer tokens of the whole
+optimiser step, so that cutting a step into micro-batches does not change what is learned.
+
+Shapes: N learned positions, C of a block, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from schemas.errors import UserError
+from tasks.train.batching import Batch
+
+#: Bytes of float32 logits that one block may have.
+BLOCK_BYTES = 32 << 20
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i -log softmax(h_i W^T + b)[t_i], with the gradients made block by block in forward.
+
+    d loss / d logits = softmax - onehot, so each block gives dh = dlogits W and
+    dW += dlogits^T h before the next one is made. Products run in `dtype`, the softmax and the
+    sums in float32. Idea: Liger kernels, Hsu et al. 2024, arXiv:2410.10989.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        target_N: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        h_NH, w_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
+        b_V = None if bias_V is None else bias_V.to(dtype)
+        block = max(1, BLOCK_BYTES // (4 * len(w_VH)))
+        grad_hidden_NH = torch.empty_like(h_NH) if needs_hidden else None
+        grad_weight_VH = torch.zeros_like(w_VH, dtype=torch.float32) if needs_weight else None
+        grad_bias_V = torch.zeros(len(w_VH), device=h_NH.device) if needs_bias else None
+        loss = torch.zeros((), device=h_NH.device)
+        with torch.autocast(h_NH.device.type, enabled=False):
+            for start in range(0, len(h_NH), block):
+                part = slice(start, start + block)
+                h_CH, target_C1 = h_NH[part], target_N[part, None]
+                logits_CV = F.linear(h_CH, w_VH, b_V).float()
+                chosen_C1 = logits_CV.gather(1, target_C1)
+                lse_C1 = logits_CV.logsumexp(1, keepdim=True)
+                loss += (lse_C1 - chosen_C1).sum()
+                if not any(ctx.needs_input_grad):
+                    continue
+                grad_CV = logits_CV.sub_(lse_C1).exp_()
+                grad_CV.scatter_add_(1, target_C1, grad_CV.new_full((), -1).expand_as(target_C1))
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_CV.sum(0)
+                grad_CV = grad_CV.to(dtype)
+                if grad_hidden_NH is not None:
+                    torch.mm(grad_CV, w_VH, out=grad_hidden_NH[part])
+                if grad_weight_VH is not None:
+                    grad_weight_VH += grad_CV.T @ h_CH
+        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        ctx.save_for_backward(grad_hidden_NH, grad_weight_VH, grad_bias_V)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            None if hidden is None else (hidden * grad).to(hidden_dtype),
+            None if weight is None else (weight * grad).to(weight_dtype),
+            None if bias is None else bias * grad,
+            None,
+            None,
+        )
+
+
+def loss_sum(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """The summed loss of one micro-batch, a float32 scalar in nats."""
+    if batch.predict_N is None:
+        logits = model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
+        return F.cross_entropy(logits.float(), batch.targets_N, reduction="sum")
+    hidden_BLH = backbone(model)(
+        input_ids=batch.input_ids_BL,
+        attention_mask=batch.attention_mask_BL,
+        position_ids=batch.position_ids_BL,
+        use_cache=False,
+    ).last_hidden_state
+    hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, batch.predict_N)
+    return head_loss(output_head(model), hidden_NH, batch.targets_N, dtype)
+
+
+def head_loss(
+    head: nn.Module, hidden_NH: torch.Tensor, target_N: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The summed cross entropy of a language model's head at some hidden states."""
+    if type(head) is nn.Linear:
+        return LinearCrossEntropy.apply(hidden_NH, head.weight, head.bias, target_N, dtype)  # type: ignore[no-any-return,no-untyped-call]
+    # A head that is itself adapted: the same blocks, recomputed in the backward pass.
+    loss = torch.zeros((), device=hidden_NH.device)
+    block = max(1, BLOCK_BYTES // (4 * output_width(head)))
+    for start in range(0, len(target_N), block):
+        part = slice(start, start + block)
+        loss = loss + checkpoint(
+            _block_loss, head, hidden_NH[part], target_N[part], use_reentrant=False
+        )
+    return loss
+
+
+def check_head(model: nn.Module, input_ids_1L: torch.Tensor, dtype: torch.dtype) -> None:
+    """Prove on one row that the head here gives what the model itself would give.
+
+    Some models scale or cap their logits after the head; training them without that would go
+    wrong in silence.
+
+    Raises:
+        UserError: the two losses differ by more than rounding.
+    """
+    with torch.no_grad():
+        logits_LV = model(input_ids=input_ids_1L, use_cache=False).logits[0, :-1].float()
+        expected = F.cross_entropy(logits_LV, input_ids_1L[0, 1:], reduction="sum")
+        positions = torch.arange(input_ids_1L.shape[1] - 1, device=input_ids_1L.device)
+        batch = Batch(input_ids_1L, None, None, positions, input_ids_1L[0, 1:], 0)
+        ours = loss_sum(model, batch, dtype)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-3
+    if not torch.isclose(ours, expected, rtol=tolerance, atol=tolerance):
+        raise UserError.at(
+            "base.model",
+            f"{type(model).__name__} changes its logits after the output head "
+            f"(loss {float(expected):.4f}, by the head alone {float(ours):.4f})",
+            "choose a base whose logits are the output of its head",
+        )
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a causal model that ends in hidden states."""
+    return unwrapped(model).base_model  # type: ignore[no-any-return]
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    return unwrapped(model).get_output_embeddings()  # type: ignore[no-any-return,operator]
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrapper, if there is one."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def output_width(head: nn.Module) -> int:
+    return int(getattr(head, "out_features", 0)) or 1 << 16
+
+
+def _block_loss(head: nn.Module, h_CH: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(h_CH).float(), target_C, reduction="sum")

@@ -1,0 +1,60 @@
+"""What training leaves: an adapter that names no place, or a whole model with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from tasks.core.files import write_atomic
+from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.train.loss import unwrapped
+
+#: What stands for the base's path in an adapter: its content hash is in the manifest.
+BASE_NAME = "base"
+
+
+def save_model(model: nn.Module, target: Path, base: Path, dtype: Dtype, form: str) -> None:
+    """Write `target`: `peft-adapter` or `transformers`.
+
+    An adapter keeps its float32 weights. A whole model is rounded once to `dtype`, the dtype in
+    which it will be measured and served.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    if form == "peft-adapter":
+        model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
+        (target / "README.md").unlink(missing_ok=True)
+        _forget_place(target / "adapter_config.json")
+        return
+    whole = unwrapped(model).to(TORCH_DTYPES[dtype])
+    whole.config._name_or_path = ""
+    whole.save_pretrained(target, safe_serialization=True)
+    for path in sorted(base.iterdir()):
+        if path.name not in _written_by_model(target) and not is_weights(path):
+            shutil.copyfile(path, target / path.name)
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file of a model directory is weights (or no plain file), not tokenizer or card."""
+    return (
+        not path.is_file()
+        or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
+        or path.name.endswith(".index.json")
+        or path.name.startswith(".")
+    )
+
+
+def _written_by_model(target: Path) -> set[str]:
+    return {path.name for path in target.iterdir()}
+
+
+def _forget_place(config: Path) -> None:
+    """A path of this machine has no meaning on another, and would change the adapter's bytes."""
+    record = json.loads(config.read_text())
+    record["base_model_name_or_path"] = BASE_NAME
+    # PEFT writes a set; its order differs in each process.
+    if isinstance(record.get("target_modules"), list):
+        record["target_modules"].sort()
+    write_atomic(config, json.dumps(record, indent=2, sort_keys=True) + "\n")
