@@ -1,0 +1,247 @@
+"""Criterion 4, accuracy and retention: what was learned, and what was forgotten.
+
+Shapes: N test rows, G of them with a generated answer, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from schemas.errors import StageError
+from schemas.recipe import Evaluate
+from schemas.report import Accuracy, Example, Interval
+from tasks.core.models import load_tokenizer
+from tasks.core.progress import warn
+from tasks.core.tokens import TokenRows
+from tasks.evaluate import bootstrap
+from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object
+from tasks.evaluate.generate import generate, stop_ids
+from tasks.evaluate.scoring import answer_losses, class_logits
+from tasks.evaluate.subject import Subject
+
+#: Examples shown in the report, at most this many right and as many wrong.
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The metrics, and a prediction for each test row, in the order of the token file."""
+
+    metrics: dict[str, Interval]
+    predictions: list[dict[str, Any]]
+    how: str
+
+    def accuracy(self, retention: float | None, retention_base: float | None) -> Accuracy:
+        """The criterion, with the retention losses of the subject and of its base."""
+        change = None
+        if retention is not None and retention_base is not None:
+            change = retention - retention_base
+        return Accuracy(
+            metrics=self.metrics,
+            rows=len(self.predictions),
+            retention_loss=retention,
+            retention_loss_base=retention_base,
+            retention_change=change,
+        )
+
+
+def score(subject: Subject, model: torch.nn.Module, prepared: Path, evaluate: Evaluate) -> Scores:
+    """Measure the task's metrics on the prepared test rows."""
+    rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
+    lines = (prepared / "test_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line) for line in lines]
+    if [text["row"] for text in texts] != rows.source_rows.tolist():
+        raise StageError(f"{prepared}: test_rows.jsonl and tokens/test.safetensors name other rows")
+    if not texts:
+        raise StageError(f"{prepared}: no test rows to measure on")
+    if subject.task == "sequence-classification":
+        return score_classes(subject, model, rows, texts, evaluate)
+    return score_answers(subject, model, rows, texts, evaluate)
+
+
+def score_classes(
+    subject: Subject,
+    model: torch.nn.Module,
+    rows: TokenRows,
+    texts: list[dict[str, Any]],
+    evaluate: Evaluate,
+) -> Scores:
+    """Accuracy, macro-F1 and loss of the most probable label."""
+    assert rows.labels is not None
+    assert subject.labels is not None
+    logits_NC = class_logits(model, rows, "classify").astype(np.float64)
+    label_N = rows.labels
+    top_N = logits_NC.max(axis=1)
+    log_sum_N = top_N + np.log(np.exp(logits_NC - top_N[:, None]).sum(axis=1))
+    loss_N = log_sum_N - logits_NC[np.arange(len(rows)), label_N]
+    require_finite(loss_N, texts)
+    got_N = logits_NC.argmax(axis=1)
+    right_N = got_N == label_N
+    statistics = {
+        "accuracy": bootstrap.mean(right_N),
+        "macro_f1": bootstrap.macro_f1(label_N, got_N, logits_NC.shape[1]),
+        "loss": bootstrap.mean(loss_N),
+    }
+    predictions = [
+        {
+            "row": text["row"],
+            "expected": subject.labels[label_N[index]],
+            "got": subject.labels[got_N[index]],
+            "right": bool(right_N[index]),
+            "loss": float(loss_N[index]),
+            "probability": float(np.exp(top_N[index] - log_sum_N[index])),
+        }
+        for index, text in enumerate(texts)
+    ]
+    how = "most probable label; macro_f1 over the labels expected or predicted; loss: nats a row"
+    return Scores(intervals(statistics, len(rows), evaluate), predictions, how)
+
+
+def score_answers(
+    subject: Subject,
+    model: torch.nn.Module,
+    rows: TokenRows,
+    texts: list[dict[str, Any]],
+    evaluate: Evaluate,
+) -> Scores:
+    """Loss and perplexity of the true answers; exact match and field F1 of the generated."""
+    loss_N, tokens_N = answer_losses(model, rows, "loss of answers")
+    require_finite(loss_N, texts)
+    per_token = bootstrap.ratio(loss_N, tokens_N)
+    metrics = intervals(
+        {"perplexity": bootstrap.exponential(per_token), "loss": per_token}, len(rows), evaluate
+    )
+    predictions: list[dict[str, Any]] = [
+        {
+            "row": text["row"],
+            "expected": text["answer"],
+            "got": None,
+            "right": None,
+            "loss": float(loss_N[index] / max(1, tokens_N[index])),
+            "answer_tokens": int(tokens_N[index]),
+        }
+        for index, text in enumerate(texts)
+    ]
+
+    assert rows.answer_start is not None
+    chosen_G = chosen_by_hash(rows, evaluate.generate_rows)
+    tokenizer = load_tokenizer(subject.base)
+    warn_of_unwritable(tokenizer, [texts[index]["answer"] for index in chosen_G])
+    prompts = [rows.row(index)[: rows.answer_start[index]] for index in chosen_G]
+    stops = stop_ids(model, tokenizer, rows)
+    answers = generate(model, prompts, stops, evaluate.max_new_tokens)
+    for index, answer in zip(chosen_G, answers, strict=True):
+        line = predictions[index]
+        line["got"] = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        line["right"] = exact_match(line["expected"], line["got"])
+        line["new_tokens"], line["stopped"] = len(answer.tokens), answer.stopped
+
+    generated = [predictions[index] for index in chosen_G]
+    right_G = np.array([line["right"] for line in generated])
+    generated_metrics = {"exact_match": bootstrap.mean(right_G)}
+    counts = object_counts(generated)
+    if counts is not None:
+        generated_metrics["field_f1"] = bootstrap.f1(*counts.T)
+    metrics |= intervals(generated_metrics, len(generated), evaluate)
+    how = (
+        f"{len(generated)} of {len(rows)} rows generated, greedily, at most "
+        f"{evaluate.max_new_tokens} tokens; exact_match: equal text but for white space at the "
+        "ends; field_f1: path and value of each JSON leaf, micro-averaged, an answer that is no "
+        "JSON object has none; loss: nats per answer token, its end included, over all rows"
+    )
+    return Scores(metrics, predictions, how)
+
+
+def retention_loss(model: torch.nn.Module, prepared: Path, label: str) -> float | None:
+    """Nats per token of the general text, or None where none was prepared."""
+    path = prepared / "tokens" / "retention.safetensors"
+    if not path.exists():
+        return None
+    loss_N, tokens_N = answer_losses(model, TokenRows.load(path), label)
+    return float(loss_N.sum() / max(1, tokens_N.sum()))
+
+
+def object_counts(generated: list[dict[str, Any]]) -> NDArray[np.int64] | None:
+    """Field counts [G, 3] where at least one expected answer is a JSON object, else None.
+
+    Rows whose expected answer is none count no field, and so do not weigh.
+    """
+    wanted = [parse_object(line["expected"]) for line in generated]
+    if not any(wanted):
+        return None
+    return np.array(
+        [
+            FieldCounts(0, 0, 0) if expected is None else field_counts(expected, line["got"])
+            for expected, line in zip(wanted, generated, strict=True)
+        ],
+        dtype=np.int64,
+    )
+
+
+def chosen_by_hash(rows: TokenRows, limit: int | None) -> NDArray[np.int64]:
+    """The indices of at most `limit` rows, by the hash of their tokens, in file order.
+
+    The same rows for every subject, and for the same data in another order.
+    """
+    if limit is None or limit >= len(rows):
+        return np.arange(len(rows))
+    digests = [hashlib.sha256(rows.row(index).tobytes()).digest() for index in range(len(rows))]
+    return np.sort(np.array(sorted(range(len(rows)), key=digests.__getitem__)[:limit]))
+
+
+def intervals(
+    statistics: dict[str, bootstrap.Statistic], rows: int, evaluate: Evaluate
+) -> dict[str, Interval]:
+    return {
+        name: bootstrap.interval(statistic, rows, evaluate.bootstrap)
+        for name, statistic in statistics.items()
+    }
+
+
+def examples(predictions: list[dict[str, Any]], prepared: Path) -> list[Example]:
+    """The first rows answered wrong and the first answered right, with their prompts."""
+    lines = (prepared / "test_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = {text["row"]: text["prompt"] for text in map(json.loads, lines)}
+    answered = [line for line in predictions if line["right"] is not None]
+    wrong = [line for line in answered if not line["right"]][:EXAMPLES]
+    right = [line for line in answered if line["right"]][:EXAMPLES]
+    return [
+        Example(
+            prompt=prompts[line["row"]],
+            expected=line["expected"],
+            got=line["got"],
+            right=line["right"],
+        )
+        for line in wrong + right
+    ]
+
+
+def require_finite(loss_N: NDArray[np.float64], texts: list[dict[str, Any]]) -> None:
+    """Raise a StageError that names the first row whose loss is no number."""
+    broken = np.flatnonzero(~np.isfinite(loss_N))
+    if len(broken):
+        raise StageError(
+            f"the loss of {len(broken)} of {len(loss_N)} test rows is not finite, first of test "
+            f"row {texts[broken[0]]['row']}: the model's weights or activations overflow; "
+            "train with a lower learning rate, or with base.dtype float32"
+        )
+
+
+def warn_of_unwritable(tokenizer: Any, answers: list[str]) -> None:
+    """Say how many answers the tokenizer cannot spell, so that no model can match them."""
+    encoded = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    written = tokenizer.batch_decode(encoded, skip_special_tokens=True)
+    lost = sum(not exact_match(answer, text) for answer, text in zip(answers, written, strict=True))
+    if lost:
+        warn(
+            f"the tokenizer cannot write {lost} of {len(answers)} expected answers as they stand "
+            "(unknown or normalised characters), so that no model can match them exactly"
+        )

@@ -1,0 +1,161 @@
+"""Criterion 5, inference overhead: prefill and per-token latency beside the base's.
+
+All models are in memory at once and take turns, one measurement each, so that whatever else
+the machine does meets all of them. A disabled adapter is not the base: its wrapper still costs.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from schemas.recipe import Evaluate
+from schemas.report import Latency
+from tasks.core.progress import bar
+from tasks.core.tokens import TokenRows
+from tasks.evaluate import workload
+from tasks.evaluate.batches import Inputs, run_on
+
+#: Tokens decoded after each prefill: enough for a steady p95 without leaving the prompt's length.
+DECODE_TOKENS = 4
+WARM_UPS = 2
+
+
+@dataclass
+class Times:
+    """Milliseconds of one model at one batch size."""
+
+    prefill: list[float] = field(default_factory=list)
+    token: list[float] = field(default_factory=list)
+
+
+def how(evaluate: Evaluate, task: str, threads: int) -> str:
+    """The measurement in words."""
+    decoded = (
+        f", then {DECODE_TOKENS} greedy tokens with the cache, each timed by itself"
+        if task == "causal-lm"
+        else " (a classification decodes nothing)"
+    )
+    return (
+        f"forward pass over {evaluate.prompt_tokens} prompt tokens{decoded}; "
+        f"{WARM_UPS} warm-ups, {evaluate.repeats} repeats, models taking turns in one process "
+        f"({threads} threads); p50 and p95, ratio of the medians to the base's"
+    )
+
+
+def measure(
+    models: dict[str, torch.nn.Module],
+    rows: TokenRows,
+    task: str,
+    evaluate: Evaluate,
+    merged: frozenset[str],
+) -> list[Latency]:
+    """One row for each model and batch size, but for the reference alone among others.
+
+    Args:
+        models: name to model; `base` is the reference. Alone, it is measured against itself.
+        merged: the names of those that are merged.
+    """
+    results: list[Latency] = []
+    rounds = len(evaluate.batch_sizes) * (WARM_UPS + evaluate.repeats)
+    with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
+        for batch_size in evaluate.batch_sizes:
+            length = workload.prompt_length(models["base"], evaluate.prompt_tokens, DECODE_TOKENS)
+            batch = workload.inputs(rows, task, batch_size, length)
+            times = {name: Times() for name in models}
+            for turn in range(WARM_UPS + evaluate.repeats):
+                # Who goes first changes, so that no model always runs after the same other.
+                names = list(models)
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    sink = times[name] if turn >= WARM_UPS else Times()
+                    time_once(models[name], batch, task, sink)
+                progress.advance()
+            for name in models:
+                if name != "base" or len(models) == 1:
+                    results.append(summary(times[name], times["base"], batch_size, name in merged))
+    return results
+
+
+def time_once(model: torch.nn.Module, batch: Inputs, task: str, sink: Times) -> None:
+    """One prefill and, for a causal model, a few tokens after it."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    if task != "causal-lm":
+        _, elapsed = timed(model, batch, device)
+        sink.prefill.append(elapsed)
+        return
+    output, elapsed = timed(model, batch, device, logits_to_keep=1, use_cache=True)
+    sink.prefill.append(elapsed)
+    mask, position = batch["attention_mask"], batch["position_ids"][:, -1:]
+    for _ in range(DECODE_TOKENS):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        position = position + 1
+        step = {
+            "input_ids": output.logits[:, -1:].argmax(dim=-1),
+            "attention_mask": mask,
+            "position_ids": position,
+        }
+        output, elapsed = timed(
+            model,
+            step,
+            device,
+            past_key_values=output.past_key_values,
+            logits_to_keep=1,
+            use_cache=True,
+        )
+        sink.token.append(elapsed)
+
+
+def timed(
+    model: torch.nn.Module, batch: Inputs, device: torch.device, **options: Any
+) -> tuple[Any, float]:
+    """A forward pass and its milliseconds, waiting for the device."""
+    wait(device)
+    start = time.perf_counter()
+    output = run_on(model, batch, **options)
+    wait(device)
+    return output, (time.perf_counter() - start) * 1e3
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summary(times: Times, base: Times, batch_size: int, merged: bool) -> Latency:
+    """Quantiles of one model's times, and its medians over the base's."""
+    decodes = bool(times.token)
+    return Latency(
+        batch_size=batch_size,
+        merged=merged,
+        prefill_p50_ms=quantile(times.prefill, 0.5),
+        prefill_p95_ms=quantile(times.prefill, 0.95),
+        token_p50_ms=quantile(times.token, 0.5) if decodes else None,
+        token_p95_ms=quantile(times.token, 0.95) if decodes else None,
+        prefill_ratio=quantile(times.prefill, 0.5) / quantile(base.prefill, 0.5),
+        token_ratio=quantile(times.token, 0.5) / quantile(base.token, 0.5) if decodes else None,
+    )
+
+
+def quantile(values: list[float], share: float) -> float:
+    return float(np.quantile(values, share))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection while timing: its pauses would land on whoever runs then."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,103 @@
+"""Forward passes over held-out rows: the loss of each answer, the logits of each class.
+
+Shapes: N rows, B rows of a batch, T positions, K kept positions, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from tasks.core.progress import bar
+from tasks.core.tokens import TokenRows
+from tasks.evaluate.batches import (
+    BATCH_TOKENS,
+    base_of,
+    by_length,
+    left_padded,
+    pad_id_of,
+    right_padded,
+    run_on,
+)
+
+#: Logits in one forward pass: 2**26 of them are 256 MiB in float32.
+BATCH_LOGITS = 2**26
+
+
+@torch.inference_mode()
+def answer_losses(
+    model: torch.nn.Module, rows: TokenRows, label: str
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The summed cross entropy (nats) and the number of learned tokens of each row, both [N].
+
+    Teacher forcing: each learned token is predicted from the true tokens before it. Rows are
+    padded on the left, so that answers end in the same column and the head computes only the
+    columns that hold one. Softmax and sum are in float32 and float64, whatever the model's dtype.
+    """
+    pad_id = pad_id_of(model)
+    config: Any = base_of(model).config
+    vocabulary = int(config.get_text_config().vocab_size)
+    budget = max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary))
+    loss_N = np.zeros(len(rows), dtype=np.float64)
+    tokens_N = np.zeros(len(rows), dtype=np.int64)
+    with bar(label, len(rows), "rows") as progress:
+        for group in by_length(rows.lengths, max_tokens=budget):
+            tokens = [rows.row(index) for index in group]
+            inputs = left_padded(tokens, pad_id)
+            learned_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+            for place, index in enumerate(group):
+                mask = rows.mask(index).astype(bool)
+                # Nothing stands before a row's first token, so nothing predicts it.
+                learned_BT[place, learned_BT.shape[1] - len(mask) + 1 :] = torch.from_numpy(
+                    mask[1:]
+                )
+            loss_B = masked_losses(model, inputs, learned_BT)
+            loss_N[group] = loss_B.double().cpu().numpy()
+            tokens_N[group] = learned_BT.sum(dim=1).numpy()
+            progress.advance(len(group))
+    return loss_N, tokens_N
+
+
+def masked_losses(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], learned_BT: torch.Tensor
+) -> torch.Tensor:
+    """The summed cross entropy of each row's learned tokens, float64 [B], differentiable.
+
+    A model that cannot leave out logits returns all T; the last K are the same either way.
+    """
+    columns = learned_BT.any(dim=0).nonzero()
+    if len(columns) == 0:
+        return torch.zeros(len(learned_BT), dtype=torch.float64)
+    # Column t is predicted by the logits of column t - 1.
+    keep = learned_BT.shape[1] - int(columns[0]) + 1
+    logits_BKV = run_on(model, inputs, logits_to_keep=keep, use_cache=False).logits[:, -keep:-1]
+    learned_BK = learned_BT[:, -keep + 1 :].to(logits_BKV.device)
+    targets_BK = inputs["input_ids"][:, -keep + 1 :].to(logits_BKV.device)
+    losses = cross_entropy(
+        logits_BKV[learned_BK].float(), targets_BK[learned_BK], reduction="none"
+    ).double()
+    row = learned_BK.nonzero()[:, 0]
+    return torch.zeros(len(learned_BT), dtype=torch.float64, device=losses.device).index_add(
+        0, row, losses
+    )
+
+
+@torch.inference_mode()
+def class_logits(model: torch.nn.Module, rows: TokenRows, label: str) -> NDArray[np.float32]:
+    """The class logits of every row, [N, C]."""
+    pad_id = pad_id_of(model)
+    logits: NDArray[np.float32] | None = None
+    with bar(label, len(rows), "rows") as progress:
+        for group in by_length(rows.lengths):
+            inputs = right_padded([rows.row(index) for index in group], pad_id)
+            logits_BC = run_on(model, inputs).logits.float().cpu().numpy()
+            if logits is None:
+                logits = np.zeros((len(rows), logits_BC.shape[1]), dtype=np.float32)
+            logits[group] = logits_BC
+            progress.advance(len(group))
+    assert logits is not None, "a prepared split has rows"
+    return logits

@@ -1,0 +1,119 @@
+"""The evaluate stage: one subject, five criteria, one report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from schemas.report import CriteriaReport, Latency
+from schemas.stages import EvaluateSpec
+from tasks.core import runtime
+from tasks.core.tokens import TokenRows
+from tasks.evaluate import accuracy, computation, latency, memory, storage
+from tasks.evaluate.subject import Subject, read_subject
+from tasks.methods.table import method_for
+
+
+def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Measure the subject and write criteria.json and predictions.jsonl.
+
+    Returns:
+        figures: `CriteriaReport.figures()`; method; intervals: metric to [low, high]; rows.
+    """
+    subject = read_subject(spec, paths)
+    # The probes load and generate beside the accuracy pass, and are done before anything is timed.
+    probes = memory.start(spec, paths)
+    try:
+        model = subject.load().to(runtime.device())
+        base = model if subject.kind == "base" else subject.load_base().to(runtime.device())
+        scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
+        retained = retention(subject, model, base, paths["prepared"])
+        used = memory.read(probes, subject.training_facts.get("train_peak_mib"))
+    finally:
+        memory.stop(probes)
+    overhead = inference_overhead(subject, model, base, spec, paths)
+    stored = storage.measure(subject, base)
+    del base  # full fine-tuning is measured next, and wants the room
+    train_rows = TokenRows.load(paths["prepared"] / "tokens" / "train.safetensors")
+    report = CriteriaReport(
+        subject=subject.kind,
+        method=subject.method,
+        storage=stored,
+        memory=used,
+        computation=computation.measure(subject, model, train_rows, spec.train),
+        accuracy=scores.accuracy(*retained),
+        inference_overhead=overhead,
+        examples=accuracy.examples(scores.predictions, paths["prepared"]),
+        device=device_name(),
+        dtype=spec.dtype,
+        how=how(spec, scores),
+    )
+    (out_dir / "criteria.json").write_text(report.model_dump_json(indent=1))
+    with (out_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for line in scores.predictions:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return {
+        "figures": report.figures(),
+        "method": report.method,
+        "intervals": {
+            name: [interval.low, interval.high]
+            for name, interval in report.accuracy.metrics.items()
+        },
+        "rows": report.accuracy.rows,
+    }
+
+
+def retention(
+    subject: Subject, model: torch.nn.Module, base: torch.nn.Module, prepared: Path
+) -> tuple[float | None, float | None]:
+    """Loss on general text of the subject and of its base, or None: nothing to measure it with."""
+    if subject.task != "causal-lm":
+        return None, None
+    before = accuracy.retention_loss(base, prepared, "retention of the base")
+    if subject.kind == "base":
+        return before, before
+    return accuracy.retention_loss(model, prepared, "retention"), before
+
+
+def inference_overhead(
+    subject: Subject,
+    model: torch.nn.Module,
+    base: torch.nn.Module,
+    spec: EvaluateSpec,
+    paths: dict[str, Path],
+) -> list[Latency]:
+    """Latencies of the subject, and of its adapter merged in memory, beside the base's."""
+    models = {"base": base}
+    if subject.kind != "base":
+        models["subject"] = model
+    if subject.is_adapter and method_for(subject.method, subject.task).merges:
+        models["merged"] = subject.load_merged().to(runtime.device())
+    merged = {"merged"} | ({"subject"} if subject.merged else set())
+    rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
+    return latency.measure(models, rows, spec.task, spec.evaluate, frozenset(merged))
+
+
+def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
+    """Each criterion's measurement in words."""
+    retained = (
+        "retention: loss per token of general text, minus the base's"
+        if spec.task == "causal-lm"
+        else "retention: not measured, a classifier has no language head to measure it with"
+    )
+    return {
+        "storage": storage.HOW,
+        "memory": memory.how(spec),
+        "computation": computation.HOW,
+        "accuracy": f"{scores.how}; 95 % intervals: percentile bootstrap over rows, "
+        f"{spec.evaluate.bootstrap} resamples; {retained}",
+        "inference_overhead": latency.how(spec.evaluate, spec.task, torch.get_num_threads()),
+    }
+
+
+def device_name() -> str:
+    """`cpu`, or the GPU's name."""
+    device = runtime.device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,60 @@
+"""Criterion 1, storage: what must be shipped for this task beside the base."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from schemas.report import Storage
+from tasks.evaluate.subject import Subject
+
+#: What PEFT reads of an adapter's directory.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+HOW = (
+    "bytes of the files that loading needs beside the base: an adapter's weights and "
+    "configuration, or every file of a whole model; 0 for the base itself. Parameters: elements "
+    "of the trained tensors, and their share of the base's"
+)
+
+
+def measure(subject: Subject, base: torch.nn.Module) -> Storage:
+    """Bytes to ship, trained parameters, and their share of the base's parameters."""
+    trained = trainable_parameters(subject)
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    return Storage(
+        shipped_bytes=sum(path.stat().st_size for path in shipped_files(subject)),
+        trainable_parameters=trained,
+        trainable_share=trained / parameters,
+    )
+
+
+def shipped_files(subject: Subject) -> list[Path]:
+    """The files that make the base into the subject."""
+    if subject.model_dir is None:
+        return []
+    if subject.is_adapter:
+        return [subject.model_dir / name for name in ADAPTER_FILES]
+    return sorted(path for path in subject.model_dir.rglob("*") if path.is_file())
+
+
+def trainable_parameters(subject: Subject) -> int:
+    """As the train stage counted them, else the elements of what it saved."""
+    facts: dict[str, Any] = subject.training_facts
+    if "trainable_parameters" in facts:
+        return int(facts["trainable_parameters"])
+    if subject.trained_dir is None:
+        return 0
+    return sum(
+        saved_elements(path) for path in (subject.trained_dir / "model").glob("*.safetensors")
+    )
+
+
+def saved_elements(path: Path) -> int:
+    """The elements of all tensors of a safetensors file, from its header."""
+    with safe_open(path, framework="np") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

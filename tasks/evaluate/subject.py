@@ -1,0 +1,109 @@
+"""What is measured: the untouched base, a candidate, or the finished model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from schemas.manifest import Manifest
+from schemas.stages import EvaluateSpec
+from tasks.core.models import load_base, load_trained, read_labels
+from tasks.core.progress import warn
+from tasks.core.runtime import Dtype
+from tasks.core.store import read_manifest
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Where the model under test lies, and what is known of how it came about.
+
+    model_dir: `model/` of its entry; None for the base itself.
+    trained: the train entry behind it, and its manifest; None for the base, and where the train
+        entry of a merged model is no longer in the store.
+    head_seed: draws the classification head that the base lacks, as training draws it.
+    """
+
+    kind: Literal["base", "candidate", "finished"]
+    task: Literal["causal-lm", "sequence-classification"]
+    dtype: Dtype
+    base: Path
+    labels: list[str] | None
+    model_dir: Path | None
+    merged: bool
+    trained_dir: Path | None
+    trained: Manifest | None
+    head_seed: int
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.model_dir is not None and (self.model_dir / "adapter_config.json").exists()
+
+    @property
+    def whole_dir(self) -> Path:
+        """The directory of the whole model that is loaded: its own, or an adapter's base."""
+        return self.base if self.model_dir is None or self.is_adapter else self.model_dir
+
+    @property
+    def method(self) -> str:
+        """The recipe's word for how it was tuned, or `base`."""
+        if self.trained is not None:
+            return str(self.trained.spec["candidate"]["method"])
+        return "base" if self.kind == "base" else "unknown"
+
+    @property
+    def training_facts(self) -> dict[str, Any]:
+        return {} if self.trained is None else self.trained.facts
+
+    def load(self) -> torch.nn.Module:
+        """The model under test, on the CPU, in evaluation mode."""
+        if self.model_dir is None:
+            return self.load_base()
+        return load_trained(self.base, self.model_dir, self.task, self.labels, self.dtype)
+
+    def load_base(self, dtype: Dtype | None = None) -> torch.nn.Module:
+        """The untouched base, with the head drawn as training draws it."""
+        model: torch.nn.Module = load_base(
+            self.base, self.task, self.labels, dtype or self.dtype, head_seed=self.head_seed
+        )
+        return model
+
+    def load_merged(self) -> torch.nn.Module:
+        """The adapter folded into a base of its own, as a plain transformers model."""
+        adapter: Any = self.load()
+        merged: torch.nn.Module = adapter.merge_and_unload()
+        return merged.eval()
+
+
+def read_subject(spec: EvaluateSpec, paths: dict[str, Path]) -> Subject:
+    """The subject of a call, from the manifest of the entry that it names."""
+    labels = read_labels(paths["prepared"]) if spec.task == "sequence-classification" else None
+    entry = paths.get("subject")
+    assert (entry is None) == (spec.subject == "base"), "every subject but the base has a path"
+    manifest = None if entry is None else read_manifest(entry)
+    trained_dir = entry
+    if entry is not None and manifest is not None and manifest.stage == "merge":
+        trained_dir = train_entry_of(entry, manifest)
+    return Subject(
+        kind=spec.subject,
+        task=spec.task,
+        dtype=spec.dtype,
+        base=paths["base"],
+        labels=labels,
+        model_dir=None if entry is None else entry / "model",
+        merged=manifest is not None and manifest.stage == "merge",
+        trained_dir=trained_dir,
+        trained=None if trained_dir is None else read_manifest(trained_dir),
+        head_seed=spec.train.seed,
+    )
+
+
+def train_entry_of(entry: Path, manifest: Manifest) -> Path | None:
+    """The train entry that a merge entry was made from: its sibling in the same store."""
+    trained = entry.parent.parent / "train" / manifest.inputs.get("trained", "")
+    if (trained / "manifest.json").exists():
+        return trained
+    warn(f"{entry}: its train entry is not in this store, so the training figures are left out")
+    return None

@@ -1,0 +1,31 @@
+"""The fixed work for which memory and latency are measured, the same for every subject.
+
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tasks.core.tokens import TokenRows
+from tasks.evaluate.batches import Inputs, context_limit, left_padded, right_padded
+
+
+def prompts(rows: TokenRows, batch_size: int, prompt_tokens: int) -> list[NDArray[np.int32]]:
+    """`batch_size` prompts of `prompt_tokens` tokens each, cut from the rows laid end to end."""
+    block_BT = np.resize(rows.input_ids, (batch_size, prompt_tokens))
+    return list(block_BT)
+
+
+def inputs(rows: TokenRows, task: str, batch_size: int, prompt_tokens: int) -> Inputs:
+    """The same prompts as one unpadded batch, as the task's models take it."""
+    block = prompts(rows, batch_size, prompt_tokens)
+    return left_padded(block, 0) if task == "causal-lm" else right_padded(block, 0)
+
+
+def prompt_length(model: torch.nn.Module, wanted: int, new_tokens: int) -> int:
+    """`wanted`, or as much of it as leaves room for `new_tokens` in the model's context."""
+    limit = context_limit(model)
+    return wanted if limit is None else max(1, min(wanted, limit - new_tokens))
