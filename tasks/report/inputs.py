@@ -1,0 +1,77 @@
+"""What the page is made from: the entries of prepare, train and evaluate, read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from schemas.errors import Problem, UserError
+from schemas.manifest import Manifest
+from schemas.report import CriteriaReport, CurvePoint, DataReport
+from schemas.stages import PageSpec
+from tasks.core.store import MANIFEST, read_manifest
+
+BASE = "base"
+FINISHED = "finished"
+
+CURVE = TypeAdapter(list[CurvePoint])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Every entry that the page reads.
+
+    reports: `base`, each candidate in the recipe's order, then `finished` where there is one.
+    curves: candidate: its training curve.
+    manifests: entry name as in `paths` (`prepared`, `train:<label>`…): its manifest.
+    quarantine: the refused rows' Parquet file.
+    """
+
+    data: DataReport
+    quarantine: Path
+    reports: dict[str, CriteriaReport]
+    curves: dict[str, list[CurvePoint]]
+    manifests: dict[str, Manifest]
+
+
+def read_inputs(spec: PageSpec, paths: dict[str, Path]) -> Inputs:
+    """Read every entry of `paths`.
+
+    Raises:
+        UserError: entries that the page cannot do without are not among `paths`, all at once.
+    """
+    needed = ["prepared", f"evaluate:{BASE}"]
+    needed += [f"{kind}:{label}" for label in spec.labels for kind in ("train", "evaluate")]
+    missing = [
+        Problem(f"paths[{name!r}]", "is not given", "name the entry's directory in the call")
+        for name in needed
+        if name not in paths
+    ]
+    if spec.selected not in spec.labels:
+        fix = f"one of {', '.join(spec.labels)}"
+        missing.append(Problem("spec.selected", f"{spec.selected!r} is no candidate", fix))
+    if missing:
+        raise UserError(missing)
+
+    subjects = [BASE, *spec.labels]
+    if f"evaluate:{FINISHED}" in paths:
+        subjects.append(FINISHED)
+    return Inputs(
+        data=DataReport.model_validate_json((paths["prepared"] / "data_report.json").read_bytes()),
+        quarantine=paths["prepared"] / "quarantine.parquet",
+        reports={name: _criteria(paths[f"evaluate:{name}"]) for name in subjects},
+        curves={label: _curve(paths[f"train:{label}"]) for label in spec.labels},
+        manifests={
+            name: read_manifest(path) for name, path in paths.items() if (path / MANIFEST).exists()
+        },
+    )
+
+
+def _criteria(entry: Path) -> CriteriaReport:
+    return CriteriaReport.model_validate_json((entry / "criteria.json").read_bytes())
+
+
+def _curve(entry: Path) -> list[CurvePoint]:
+    return CURVE.validate_json((entry / "curve.json").read_bytes())

@@ -1,0 +1,58 @@
+"use strict";
+(async () => {
+  const root = document.documentElement;
+  const plots = [...document.querySelectorAll(".plot")];
+  const config = {
+    displaylogo: false,
+    responsive: true,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  };
+  try {
+    const packed = Uint8Array.from(
+      atob(document.getElementById("plotly").textContent),
+      (letter) => letter.charCodeAt(0),
+    );
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const library = document.createElement("script");
+    library.textContent = await new Response(stream).text();
+    document.head.append(library);
+    const figures = JSON.parse(document.getElementById("figures").textContent);
+    for (const plot of plots) {
+      plot.textContent = "";
+      const { data, layout } = figures[plot.id];
+      await Plotly.newPlot(plot, data, layout, config);
+    }
+  } catch (error) {
+    for (const plot of plots) plot.textContent = `This plot could not be drawn: ${error}`;
+    root.dataset.plots = "failed";
+    throw error;
+  }
+
+  for (const choice of document.querySelectorAll("input[name=over]")) {
+    choice.addEventListener("change", () => {
+      const plot = document.getElementById("plot-loss");
+      const x = plot.data.map((trace) => trace.meta[choice.value]);
+      Plotly.update(plot, { x }, {
+        "xaxis.title.text": choice.dataset.title,
+        "xaxis.autorange": true,
+        "yaxis.autorange": true,
+      });
+    });
+  }
+
+  let opened = [];
+  const fit = () => plots.forEach((plot) => Plotly.relayout(plot, { width: plot.clientWidth }));
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details:not([open])")];
+    for (const details of opened) details.open = true;
+    root.classList.add("printing");
+    fit();
+  });
+  addEventListener("afterprint", () => {
+    for (const details of opened) details.open = false;
+    root.classList.remove("printing");
+    fit();
+    plots.forEach((plot) => Plotly.relayout(plot, { autosize: true, width: null }));
+  });
+  root.dataset.plots = String(plots.length);
+})();

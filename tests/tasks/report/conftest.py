@@ -1,0 +1,373 @@
+"""Store entries such as the stages leave them, and a headless Chromium to open the page in."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from schemas.manifest import FileRecord, Manifest, Provenance
+from schemas.report import (
+    Accuracy,
+    Computation,
+    CriteriaReport,
+    CurvePoint,
+    DataReport,
+    Example,
+    Interval,
+    Latency,
+    LengthHistogram,
+    Memory,
+    SplitReport,
+    Storage,
+)
+from schemas.stages import PageSpec
+from tasks.report.inputs import Inputs, read_inputs
+
+#: What a row may hold. If any of it ran or was parsed as markup, the tests would see it.
+HOSTILE = "</pre><script>document.documentElement.dataset.owned=1</script><img src=x onerror=alert(1)>"
+
+RECIPE = """\
+name: orders-intent
+task: causal-lm
+base: {model: /home/someone/models/tiny-llama, dtype: auto}
+data:
+  train: {path: "train.jsonl"}
+  test: {path: ~/data/test.jsonl}
+  retention: {path: retention.jsonl}  # general text
+candidates:
+  - {method: full}
+  - {method: lora, rank: 16}
+  - {method: lora, rank: 4}
+select: {maximize: exact_match, subject_to: {adapter_mib: "<= 10"}}
+register: {name: orders-intent, gate: {exact_match: ">= 0.90"}, promote: true}
+"""
+
+LABELS = ["full", "lora-r16", "lora-r4"]
+
+SPEC = PageSpec(
+    recipe_name="orders-intent",
+    recipe_yaml=RECIPE,
+    labels=LABELS,
+    selected="lora-r16",
+    why="The highest exact_match of the candidates that keep adapter_mib <= 10.",
+    goal="exact_match",
+)
+
+
+def criteria(
+    subject: str,
+    method: str,
+    *,
+    shipped: int,
+    trained: int,
+    train_mib: float | None,
+    step_s: float | None,
+    exact: float,
+    loss: float,
+    retention: float,
+    overhead: float,
+) -> CriteriaReport:
+    """A report whose figures hang together: a 3.7 M-parameter base, 400 held-out rows."""
+    forward = 7.4e6 * (1.06 if method == "lora" and subject == "candidate" else 1)
+    backward = None if step_s is None else forward * (2.0 if method == "full" else 1.13)
+    half = 1.96 * math.sqrt(max(exact * (1 - exact), 1e-4) / 400)
+
+    def interval(value: float, half: float) -> Interval:
+        return Interval(value=value, low=max(value - half, 0), high=value + half)
+
+    right = Example(
+        prompt="where is my order 88123?? ordered it last week",
+        expected='{"intent": "track_order", "order_id": "88123"}',
+        got='{"intent": "track_order", "order_id": "88123"}',
+        right=True,
+    )
+    wrong = Example(
+        prompt=f"Cancel order 4411 please {HOSTILE}",
+        expected='{"intent": "cancel_order", "order_id": "4411"}',
+        got='{"intent": "cancel_order", "order_id": "4111"}' if subject != "base" else "",
+        right=False,
+    )
+    babble = wrong.model_copy(update={"prompt": right.prompt, "got": "Once upon a time <b>there"})
+    return CriteriaReport(
+        subject=subject,
+        method=method,
+        storage=Storage(
+            shipped_bytes=shipped, trainable_parameters=trained, trainable_share=trained / 3.7e6
+        ),
+        memory=Memory(
+            train_peak_mib=train_mib, generate_peak_mib=96.4, base_generate_peak_mib=91.25
+        ),
+        computation=Computation(
+            forward_flops_per_token=forward,
+            backward_flops_per_token=backward,
+            step_time_s=step_s,
+            train_tokens_per_s=None if step_s is None else 4096 / step_s,
+            flops_ratio_to_full=None if backward is None else (forward + backward) / 22.2e6,
+            step_time_ratio_to_full=None if step_s is None else step_s / 0.212,
+        ),
+        accuracy=Accuracy(
+            metrics={
+                "exact_match": interval(exact, half),
+                "field_f1": interval(min(1.0, exact + 0.03), half * 0.7),
+                "perplexity": interval(math.exp(loss), 0.02),
+                "loss": interval(loss, 0.02),
+            },
+            rows=400,
+            retention_loss=2.914 + retention,
+            retention_loss_base=2.914,
+            retention_change=retention,
+        ),
+        inference_overhead=[
+            Latency(
+                batch_size=batch,
+                merged=merged,
+                prefill_p50_ms=3.1 * batch**0.4 * (1 if merged else overhead),
+                prefill_p95_ms=3.9 * batch**0.4 * (1 if merged else overhead),
+                token_p50_ms=2.2 * batch**0.2 * (1 if merged else overhead),
+                token_p95_ms=2.6 * batch**0.2 * (1 if merged else overhead),
+                prefill_ratio=1.01 if merged else overhead,
+                token_ratio=0.99 if merged else overhead,
+            )
+            for batch in (1, 8)
+            for merged in ([False, True] if method == "lora" else [False])
+        ],
+        examples=[babble] if subject == "base" else [wrong, right],
+        device="cpu",
+        dtype="bfloat16",
+        how={
+            "storage": "Bytes of the safetensors files beside the base.",
+            "memory": "Peak resident set of the isolated process minus its floor.",
+            "computation": "torch’s FLOP counter; the median of 20 steps.",
+            "accuracy": "Greedy answers; percentile bootstrap over rows, 1,000 resamples.",
+            "inference_overhead": f"64 prompt tokens, 20 repeats; {method}.",
+        },
+    )
+
+
+def reports() -> dict[str, CriteriaReport]:
+    """A poor base, three candidates that trade figures against each other, the merged winner."""
+    rows: dict[str, tuple[Any, ...]] = {
+        "base": ("base", "base", 0, 0, None, None, 0.0, 4.31, 0.0, 1.0),
+        "full": ("candidate", "full", 7_461_088, 3_700_000, 161.2, 0.212, 0.955, 0.061, 0.41, 1.0),
+        "lora-r16": ("candidate", "lora", 903_112, 451_000, 118.7, 0.158, 0.948, 0.066, 0.12, 1.21),
+        "lora-r4": ("candidate", "lora", 226_400, 112_750, 109.3, 0.149, 0.902, 0.131, 0.05, 1.18),
+        "finished": ("finished", "lora", 7_461_088, 451_000, None, None, 0.948, 0.066, 0.12, 1.0),
+    }
+    names = "subject method shipped trained train_mib step_s exact loss retention overhead".split()
+    return {key: criteria(**dict(zip(names, row, strict=True))) for key, row in rows.items()}
+
+
+def curve(label: str, steps: int = 240) -> list[CurvePoint]:
+    """A falling loss with a wave on it, so that smoothing has something to do."""
+    floor, seconds = {"full": (0.05, 0.21), "lora-r16": (0.06, 0.16), "lora-r4": (0.12, 0.15)}[label]
+    return [
+        CurvePoint(
+            step=step,
+            epoch=3 * step / steps,
+            loss=floor + 4.2 * math.exp(-step / 25) + 0.2 * floor * math.sin(2.3 * step),
+            learning_rate=2e-3 * (1 - step / steps),
+            grad_norm=1.5 * math.exp(-step / 60) + 0.2,
+            tokens=4096 * step,
+            step_time_s=seconds,
+        )
+        for step in range(1, steps + 1)
+    ]
+
+
+def data_report() -> DataReport:
+    def split(name: str, kept: int, refused: dict[str, int]) -> SplitReport:
+        counts = [kept // 10, kept // 2, kept - kept // 10 - kept // 2 - kept // 20, kept // 20]
+        return SplitReport(
+            path=f"/mnt/data/{name}.jsonl",
+            rows_in=kept + sum(refused.values()),
+            rows_kept=kept,
+            refused=refused,
+            truncated=0,
+            label_less=0,
+            tokens=kept * 70,
+            answer_tokens=kept * 22,
+            lengths=LengthHistogram(edges=[0, 32, 64, 96, 128], counts=counts),
+        )
+
+    return DataReport(
+        task="causal-lm",
+        template="chat",
+        max_length=256,
+        splits={
+            "train": split("train", 2041, {"duplicate_of": 61, "empty_answer": 22, "wrong_type": 9}),
+            "test": split("test", 400, {"duplicate_of": 3}),
+            "retention": split("retention", 200, {}),
+        },
+    )
+
+
+def write_entries(root: Path) -> dict[str, Path]:
+    """Entries on disk, as `paths` of a call names them."""
+    paths = {"prepared": root / "prepare"}
+    paths |= {f"train:{label}": root / f"train-{label}" for label in LABELS}
+    paths |= {f"evaluate:{name}": root / f"evaluate-{name}" for name in reports()}
+    for path in paths.values():
+        path.mkdir(parents=True)
+    (paths["prepared"] / "data_report.json").write_text(data_report().model_dump_json())
+    pl.DataFrame(
+        {
+            "split": ["train", "train", "train", "test"],
+            "file": ["train.jsonl"] * 3 + ["test.jsonl"],
+            "line": [7, 31, 32, 1204],
+            "raw": [f'{{"prompt": "{HOSTILE}"}}', '{"prompt": 3}', '{"prompt": 4}', "ümläut 🙂"],
+            "reasons": [["empty_answer"], ["wrong_type:prompt"], ["wrong_type:prompt"],
+                        ["duplicate_of:88", "too_long:912"]],
+        },
+        schema_overrides={"line": pl.Int64},
+    ).write_parquet(paths["prepared"] / "quarantine.parquet")
+    for label in LABELS:
+        points = [point.model_dump() for point in curve(label)]
+        (paths[f"train:{label}"] / "curve.json").write_text(json.dumps(points))
+    for name, report in reports().items():
+        (paths[f"evaluate:{name}"] / "criteria.json").write_text(report.model_dump_json())
+    for number, (name, path) in enumerate(paths.items()):
+        write_manifest(name, path, number)
+    return paths
+
+
+def write_manifest(name: str, path: Path, number: int) -> None:
+    stage = name.split(":")[0].replace("prepared", "prepare")
+    manifest = Manifest(
+        stage=stage,
+        stage_version=1,
+        key=f"{number:02x}" * 20,
+        format={"prepare": "rows", "train": "peft-adapter"}.get(stage, "report"),
+        spec={},
+        inputs={},
+        outside={"base": "ab" * 32} if stage != "prepare" else {"train": "cd" * 32},
+        facts={},
+        files={"some.json": FileRecord(bytes=12345, sha256="ef" * 32)},
+        provenance=Provenance(
+            started=f"2026-01-05T08:{number:02d}:00+00:00",
+            seconds=12.5 + number,
+            machine="Some CPU @ 2.0 GHz, 4 cores",
+            python="3.11.2",
+            libraries={"torch": "2.13.0", "peft": "0.21.2"}
+            | ({"polars": "2.1.0"} if stage == "prepare" else {}),
+            git_commit="0123456789abcdef0123456789abcdef01234567",
+            git_dirty=stage == "train",
+        ),
+    )
+    (path / "manifest.json").write_text(manifest.model_dump_json())
+
+
+@pytest.fixture(scope="session")
+def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_entries(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session")
+def spec() -> PageSpec:
+    return SPEC
+
+
+@pytest.fixture(scope="session")
+def inputs(entries: dict[str, Path]) -> Inputs:
+    return read_inputs(SPEC, entries)
+
+
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    return HOSTILE
+
+
+@dataclass(frozen=True)
+class Browser:
+    """A WebDriver session of headless Chromium: https://www.w3.org/TR/webdriver2/"""
+
+    url: str
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        data = json.dumps(body or {}).encode() if method == "POST" else None
+        request = urllib.request.Request(self.url + path, data=data, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def open(self, page: Path) -> None:
+        """Open a page and wait until its script is through, well or ill."""
+        self.ask("/url", {"url": page.as_uri()})
+        deadline = time.monotonic() + 60
+        while not self.run("return document.documentElement.dataset.plots"):
+            assert time.monotonic() < deadline, "the page's script did not end"
+            time.sleep(0.1)
+
+    def run(self, script: str) -> Any:
+        return self.ask("/execute/sync", {"script": script, "args": []})
+
+    def devtools(self, command: str, **params: Any) -> Any:
+        return self.ask("/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def log(self, kind: str) -> list[dict[str, Any]]:
+        """What was logged of a kind since the last look."""
+        return list(self.ask("/se/log", {"type": kind}))
+
+    def errors(self) -> list[str]:
+        """Console messages since the last look. A page that is well writes none."""
+        return [entry["message"] for entry in self.log("browser")]
+
+    def requests(self) -> list[str]:
+        """The URLs that pages asked for since the last look."""
+        events = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
+        sent = [event for event in events if event["method"] == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        missing = "chromedriver" if chromium else "Chromium"
+        pytest.skip(f"{missing} is not installed: apt-get install chromium chromium-driver")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL)
+    root = Browser(f"http://127.0.0.1:{port}")
+    try:
+        session = started(root, chromium, tmp_path_factory.mktemp("profile"))
+        yield session
+        session.ask("", method="DELETE")
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def started(root: Browser, chromium: str, profile: Path) -> Browser:
+    options = {
+        "binary": chromium,
+        "args": ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                 "--disable-background-networking", f"--user-data-dir={profile}",
+                 "--disable-dev-shm-usage", "--window-size=1400,1000",
+                 "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
+    }
+    wanted = {
+        "goog:chromeOptions": options,
+        "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+    }
+    for _ in range(100):
+        try:
+            session = root.ask("/session", {"capabilities": {"alwaysMatch": wanted}})
+            return Browser(f"{root.url}/session/{session['sessionId']}")
+        except urllib.error.URLError as error:
+            if isinstance(error, urllib.error.HTTPError):
+                raise RuntimeError(error.read().decode()[:2000]) from error
+            time.sleep(0.1)
+    raise TimeoutError("chromedriver does not answer")
