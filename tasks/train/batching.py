@@ -9,7 +9,7 @@ Shapes: B rows, L the longest of them, N answer tokens (or rows, for classificat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,12 +43,18 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return Batch(
+            self.input_ids_BL.to(device, non_blocking=True),
+            move(self.attention_mask_BL),
+            move(self.position_ids_BL),
+            move(self.predict_N),
+            self.targets_N.to(device, non_blocking=True),
+            self.tokens,
+        )
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ class Checkpoints:
             if problem is None:
                 record = json.loads((path / STATE).read_text())
                 if record["identity"] != self.identity:
-                    warn(f"{path} is a checkpoint of another run (its spec differs); not used")
+                    warn(f"{path} is a checkpoint of another run (its spec differs); removed")
+                    shutil.rmtree(path)
                     continue
                 say(f"going on from step {record['step']} ({path.name})")
                 return _put_back(path, record, weights, optimizer)

@@ -57,7 +57,7 @@ def mean_loss(points: list[CurvePoint]) -> float:
 def digests(weights: dict[str, torch.nn.Parameter]) -> dict[str, bytes]:
     """A hash of each weight's bytes: to see later whether it moved, without a copy of it."""
     return {
-        name: hashlib.sha256(memoryview(weight.detach().cpu().contiguous().numpy())).digest()
+        name: hashlib.sha256(weight.detach().cpu().numpy().tobytes()).digest()
         for name, weight in weights.items()
     }
 

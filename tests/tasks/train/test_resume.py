@@ -1,0 +1,204 @@
+"""A run killed at any moment, also while saving, ends in the bytes of one never killed.
+
+The children are real `run` calls, killed with SIGKILL. One server process imports the
+libraries once and forks a child for each attempt, which saves 4 seconds an attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from schemas.stages import TrainSpec
+from tasks.core.tokens import TokenRows
+from tasks.train.stage import run
+
+KILLS = 20
+
+SERVER = """
+import os, sys
+from pathlib import Path
+import tasks.train.stage
+from schemas.stages import TrainSpec
+print("ready", flush=True)
+for line in sys.stdin:
+    spec, prepared, base, out = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child == 0:
+        os.environ["PEFTFLOW_EVENTS"] = "1"
+        sys.stdout = open(os.devnull, "w")
+        paths = {"prepared": Path(prepared), "base": Path(base)}
+        tasks.train.stage.run(TrainSpec.model_validate_json(spec), paths, Path(out))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random Llama, and rows that count upwards from random starts."""
+    root = tmp_path_factory.mktemp("resume")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(8, 32, 200)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    (root / "prepared" / "tokens").mkdir(parents=True)
+    TokenRows(
+        input_ids=np.concatenate(
+            [draw.integers(3, 90) + np.arange(length) for length in lengths]
+        ).astype(np.int32),
+        offsets=offsets,
+        source_rows=np.arange(200) + 1,
+        loss_mask=np.ones(offsets[-1], dtype=np.uint8),
+        answer_start=np.zeros(200, dtype=np.int64),
+    ).save(root / "prepared" / "tokens" / "train.safetensors")
+    return {"prepared": root / "prepared", "base": root / "base"}
+
+
+def make_spec(steps: int, **candidate: object) -> TrainSpec:
+    """Dropout, so that the random state matters; a checkpoint after every step."""
+    return TrainSpec.model_validate(
+        {
+            "task": "causal-lm",
+            "candidate": {"method": "lora", "rank": 4, "dropout": 0.1, **candidate},
+            "train": {
+                "max_steps": steps,
+                "batch_tokens": 256,
+                "learning_rate": 1e-2,
+                "checkpoint_every_s": 0,
+                "warmup_ratio": 0.1,
+            },
+            "dtype": "float32",
+        }
+    )
+
+
+def model_bytes(out: Path) -> dict[str, bytes]:
+    files = sorted(path for path in (out / "model").rglob("*") if path.is_file())
+    assert files
+    return {path.name: path.read_bytes() for path in files}
+
+
+class Attempts:
+    """Runs of one spec in one directory, each in a child that can be killed."""
+
+    def __init__(self, server: subprocess.Popen[str], call: str) -> None:
+        self.server, self.call = server, call
+
+    def start(self) -> int:
+        assert self.server.stdin and self.server.stdout
+        self.server.stdin.write(self.call + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def wait(self) -> int:
+        assert self.server.stdout
+        return int(self.server.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
+    root = Path(__file__).parents[3]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"},
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_killed_at_twenty_moments_ends_in_the_same_bytes(tmp_path, paths, server):
+    spec = make_spec(steps=400)
+
+    def call(out: Path) -> Attempts:
+        out.mkdir()
+        words = [spec.model_dump_json(), str(paths["prepared"]), str(paths["base"]), str(out)]
+        return Attempts(server, "\t".join(words))
+
+    whole = call(tmp_path / "whole")
+    whole.start()
+    assert whole.wait() == 0
+
+    killed = call(tmp_path / "killed")
+    scratch = tmp_path / "killed" / "scratch"
+    draw = random.Random(0)
+    while_saving = 0
+    for number in range(KILLS):
+        child = killed.start()
+        if number % 2 == 0:
+            time.sleep(draw.uniform(0.0, 0.4))
+        else:
+            # Wait for a save to begin and kill in the middle of it.
+            deadline = time.monotonic() + 20
+            while not any(scratch.glob(".unfinished-*/*")) and time.monotonic() < deadline:
+                time.sleep(0.0005)
+        os.kill(child, signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        while_saving += any(scratch.glob(".unfinished-*"))
+    assert while_saving >= KILLS // 4
+    killed.start()
+    assert killed.wait() == 0
+    assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "hashes.json"])
+def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, paths, capfd, name):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    spec = make_spec(steps=6)
+    run(spec, paths, whole)
+    run(spec, paths, damaged)
+    newest = max((damaged / "scratch").glob("checkpoint-*")) / name
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capfd.readouterr()
+    facts = run(spec, paths, damaged)
+    assert "is damaged" in capfd.readouterr().err
+    assert facts["resumed_from_step"] == 4  # 5 is damaged; there is none for the last step, 6
+    assert model_bytes(damaged) == model_bytes(whole)
+
+
+def test_full_fine_tuning_resumes_in_the_same_bytes(tmp_path, paths):
+    spec = TrainSpec.model_validate(
+        make_spec(steps=6).model_dump() | {"candidate": {"method": "full"}}
+    )
+    run(spec, paths, tmp_path)
+    first = model_bytes(tmp_path)
+    assert run(spec, paths, tmp_path)["resumed_from_step"] == 5
+    assert model_bytes(tmp_path) == first
+
+
+def test_a_checkpoint_of_another_spec_is_not_used(tmp_path, paths, capfd):
+    run(make_spec(steps=4), paths, tmp_path)
+    facts = run(make_spec(steps=4, alpha=8), paths, tmp_path)
+    assert facts["resumed_from_step"] == 0
+    assert "another run" in capfd.readouterr().err
