@@ -1,0 +1,168 @@
+"""The row contracts: what a row of each kind must be before anything learns from it.
+
+The name of a check is the reason code under which a failing row stands in the quarantine, so
+that the contract and the report cannot drift apart. Frames are collected before validation: a
+LazyFrame gets schema checks only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pandera.polars as pa
+import polars as pl
+from pandera.polars import PolarsData
+
+Kind = Literal["chat", "completion", "label", "text"]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+#: The columns of each kind, in the words of the recipe's `columns`.
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "completion": ("prompt", "completion"),
+    "label": ("text", "label"),
+    "text": ("text",),
+}
+
+#: Reason code (what stands before a colon in the quarantine): what it means.
+REASONS: dict[str, str] = {
+    "blank_line": "a line with nothing on it",
+    "oversized_line": "a line above 16 MiB; its length follows",
+    "bad_utf8": "bytes that are not UTF-8; raw is base64",
+    "malformed_json": "not JSON",
+    "not_an_object": "JSON, but not an object",
+    "malformed_csv": "quoting that does not close",
+    "wrong_field_count": "more or fewer fields than the header; the count follows",
+    "missing": "a column without a value",
+    "wrong_type": "a column with a value of another type",
+    "extra_key": "a message with a key that would be lost, such as tool_calls",
+    "nul_byte": "text with a NUL character",
+    "unknown_role": f"a message whose role is none of {', '.join(ROLES)}",
+    "no_answer": "a chat that does not end with the assistant's answer",
+    "empty_prompt": "nothing before the answer",
+    "empty_answer": "an answer or label with nothing in it",
+    "empty_text": "a text with nothing in it",
+    "unknown_label": "a held-out row whose label no train row has",
+    "duplicate_of": "equal, after normalisation, to the row at the line that follows",
+    "leaks_into_test": "a train row equal to the test row at the line that follows",
+    "template_refused": "the model's chat template raised an error",
+    "control_token": "text that spells one of the tokenizer's special tokens",
+    "too_long": "more tokens than max_length; the count follows",
+    "no_answer_token": "no token of the answer is left to learn",
+    "not_sampled": "a good test row that `test_rows` left out",
+}
+
+
+def _elements(data: PolarsData, each: pl.Expr, *, every: bool = True) -> pl.LazyFrame:
+    """Whether a condition on the elements of a list column holds for all (or any) of them."""
+    found = pl.col(data.key).list.eval(each)
+    return data.lazyframe.select(found.list.all() if every else found.list.any())
+
+
+def _roles_known(data: PolarsData) -> pl.LazyFrame:
+    return _elements(data, pl.element().struct.field("role").is_in(ROLES))
+
+
+def _ends_with_answer(data: PolarsData) -> pl.LazyFrame:
+    last = pl.col(data.key).list.last().struct.field("role")
+    return data.lazyframe.select((last == "assistant").fill_null(False))
+
+
+def _starts_with_prompt(data: PolarsData) -> pl.LazyFrame:
+    first = pl.col(data.key).list.first().struct.field("role")
+    return data.lazyframe.select((first != "assistant").fill_null(True))
+
+
+def _answers_filled(data: PolarsData) -> pl.LazyFrame:
+    message = pl.element().struct
+    blank = message.field("content").str.strip_chars().str.len_bytes() == 0
+    return _elements(data, ~((message.field("role") == "assistant") & blank))
+
+
+def _contents_without_nul(data: PolarsData) -> pl.LazyFrame:
+    return _elements(data, ~_has_nul(pl.element().struct.field("content")))
+
+
+def _has_nul(text: pl.Expr) -> pl.Expr:
+    return text.str.contains("\0", literal=True)
+
+
+def _without_nul(data: PolarsData) -> pl.LazyFrame:
+    return data.lazyframe.select(~_has_nul(pl.col(data.key)))
+
+
+def _filled(data: PolarsData) -> pl.LazyFrame:
+    return data.lazyframe.select(pl.col(data.key).str.strip_chars().str.len_bytes() > 0)
+
+
+def _text(empty: str) -> pa.Column:
+    """A text column; `empty` is the reason code of a value with nothing but white space."""
+    return pa.Column(
+        pl.String,
+        checks=[pa.Check(_without_nul, name="nul_byte"), pa.Check(_filled, name=empty)],
+    )
+
+
+_ROW = pa.Column(pl.Int64, checks=pa.Check.ge(1, name="row_number"))
+
+MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+
+
+def _schema(name: str, **columns: Any) -> pa.DataFrameSchema:
+    return pa.DataFrameSchema({"row": _ROW, **columns}, name=name, strict=True, ordered=True)
+
+
+#: Kind: contract. `row` is the line in the source file, from 1.
+CONTRACTS: dict[Kind, pa.DataFrameSchema] = {
+    "chat": _schema(
+        "chat",
+        messages=pa.Column(
+            MESSAGES,
+            checks=[
+                pa.Check(_contents_without_nul, name="nul_byte"),
+                pa.Check(_roles_known, name="unknown_role"),
+                pa.Check(_ends_with_answer, name="no_answer"),
+                pa.Check(_starts_with_prompt, name="empty_prompt"),
+                pa.Check(_answers_filled, name="empty_answer"),
+            ],
+        ),
+    ),
+    "completion": _schema(
+        "completion", prompt=_text("empty_prompt"), completion=_text("empty_answer")
+    ),
+    "label": _schema("label", text=_text("empty_text"), label=_text("empty_answer")),
+    "text": _schema("text", text=_text("empty_text")),
+}
+
+#: What was refused, one row a refused row, in the order of the files.
+QUARANTINE = pa.DataFrameSchema(
+    {
+        "split": pa.Column(pl.String, pa.Check.isin(["train", "test", "retention"])),
+        "file": pa.Column(pl.String),
+        "line": pa.Column(pl.Int64, pa.Check.ge(1)),
+        "raw": pa.Column(pl.String),
+        "reasons": pa.Column(pl.List(pl.String)),
+    },
+    name="quarantine",
+    strict=True,
+    ordered=True,
+)
+
+
+def failures(kind: Kind, rows: pl.DataFrame) -> dict[int, list[str]]:
+    """The rows of a frame that break their contract: index in the frame, reason codes.
+
+    Raises:
+        AssertionError: a failure of the frame itself (a column or type), which is our mistake.
+    """
+    try:
+        CONTRACTS[kind].validate(rows, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        found: dict[int, list[str]] = {}
+        cases = error.failure_cases
+        for index, check in zip(cases["index"], cases["check"], strict=True):
+            assert index is not None and check in REASONS, cases
+            found.setdefault(int(index), []).append(str(check))
+        return found
+    return {}

@@ -1,0 +1,139 @@
+"""The base's tokenizer as this stage uses it: how rows become text, and what stops an answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from schemas.errors import UserError
+from schemas.recipe import Data, Task
+from schemas.rows import Kind
+from tasks.core.progress import warn
+from tasks.prepare.render import ChatTemplate, Rendered, render_plain
+from tasks.prepare.spans import Rules
+from tasks.prepare.tokenize import Renderer
+
+Template = Literal["chat", "plain", "none"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """tokenizer: of transformers; backend: its `tokenizers.Tokenizer`, which does the work."""
+
+    tokenizer: Any
+    backend: Any
+    template: Template
+    data: Data
+    stops: frozenset[int]
+
+    def rules(self, kind: Kind) -> Rules:
+        add_special = kind in ("label", "text") or self.template == "plain"
+        return Rules(
+            max_length=self.data.max_length,
+            on_overflow=self.data.on_overflow,
+            add_special=add_special,
+            suffix=suffix_tokens(self.backend) if add_special else 0,
+            bos=self.tokenizer.bos_token_id,
+            stops=self.stops,
+            eos=-1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id,
+        )
+
+    def renderer(self, kind: Kind) -> Renderer | None:
+        if kind in ("label", "text"):
+            return None
+        if self.template == "plain":
+            return render_plain
+        chat = ChatTemplate(self.tokenizer)
+        return chat if kind == "chat" else lambda prompt, answer: render_pair(chat, prompt, answer)
+
+
+def render_pair(chat: ChatTemplate, prompt: str, completion: str) -> Rendered:
+    """A prompt and its completion as the chat of one question."""
+    return chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+
+
+def open_reader(base: Path, task: Task, data: Data, kinds: set[Kind]) -> Reader:
+    """Load the tokenizer and settle how rows become text.
+
+    Raises:
+        UserError: no tokenizer, no EOS token, or no chat template where one is needed.
+    """
+    from tasks.core.models import load_tokenizer  # torch: not in the worker processes
+
+    try:
+        tokenizer = load_tokenizer(base)
+    except (OSError, ValueError) as error:
+        raise UserError.at(
+            base,
+            f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            "the directory needs tokenizer.json and tokenizer_config.json",
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError.at(
+            base,
+            f"{type(tokenizer).__name__} has no fast tokenizer, so that answers cannot be found",
+            "convert it once to tokenizer.json",
+        )
+    backend.no_padding()
+    backend.no_truncation()
+    if task == "sequence-classification":
+        return Reader(tokenizer, backend, "none", data, frozenset())
+    if tokenizer.eos_token_id is None:
+        raise UserError.at(
+            base,
+            "its tokenizer has no EOS token, so that an answer would never end",
+            "set eos_token in tokenizer_config.json",
+        )
+    template = choose_template(tokenizer, base, data, kinds)
+    return Reader(tokenizer, backend, template, data, stop_tokens(tokenizer, base))
+
+
+def choose_template(tokenizer: Any, base: Path, data: Data, kinds: set[Kind]) -> Template:
+    has_template = bool(tokenizer.chat_template)
+    if has_template and data.template != "plain":
+        written = tokenizer.get_chat_template()
+        if "strftime_now" in written:
+            warn(
+                "the base's chat template writes today's date into every row: rows prepared on "
+                "another day differ. Set a fixed date in the template."
+            )
+        return "chat"
+    if "chat" in kinds:
+        if has_template:
+            raise UserError.at(
+                "data.template",
+                "`plain` cannot show rows of `messages`",
+                "use `template: chat`, or rows of `prompt` and `completion`",
+            )
+        raise UserError.at(
+            base,
+            "its tokenizer has no chat template, and the rows are chats (`messages`)",
+            "use a base with a chat template, put chat_template.jinja beside its "
+            "tokenizer.json, or give rows of `prompt` and `completion`",
+        )
+    if data.template == "chat":
+        raise UserError.at(
+            base,
+            "its tokenizer has no chat template, and data.template asks for it",
+            "use `template: plain`, or a base with a chat template",
+        )
+    return "plain"
+
+
+def stop_tokens(tokenizer: Any, base: Path) -> frozenset[int]:
+    """The tokens at which `generate` ends: the tokenizer's EOS and generation_config.json's."""
+    stops = {int(tokenizer.eos_token_id)}
+    path = base / "generation_config.json"
+    if path.exists():
+        given = json.loads(path.read_text()).get("eos_token_id")
+        stops.update(given if isinstance(given, list) else [] if given is None else [given])
+    return frozenset(stops)
+
+
+def suffix_tokens(backend: Any) -> int:
+    """How many special tokens the tokenizer puts behind a text."""
+    mask = backend.encode("a").special_tokens_mask
+    return mask[::-1].index(0) if 0 in mask else 0

@@ -1,0 +1,150 @@
+"""One record of a file (a dict) becomes a typed row and its digest, or reasons to refuse it.
+
+What needs a value's Python type is decided here; what can be said of typed columns stands in the
+contracts of `schemas/rows.py`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any
+
+import pyarrow as pa
+
+from schemas.rows import COLUMNS, Kind
+
+#: Bytes of a row's digest: 128 bits, so that two of a billion rows meet with odds of 1e-21.
+DIGEST_BYTES = 16
+
+#: Between the normalised parts of a row. White space to `str.split`, so that no part holds it.
+SEPARATOR = "\x1f"
+
+Record = dict[str, Any]
+Row = tuple[Any, ...]
+
+
+class Refusal(Exception):
+    """A record that is no row. args: reason codes."""
+
+
+def normalise(text: str) -> str:
+    """Text as two rows are compared: NFC, every run of white space one space, none at the ends."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
+
+
+def digest(parts: list[str]) -> bytes:
+    """128 bits that are the same for rows whose parts are equal after normalisation."""
+    joined = SEPARATOR.join([normalise(part) for part in parts])
+    return blake2b(joined.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def text_of(record: Record, name: str, source: str) -> str:
+    """A column that holds text."""
+    value = record.get(source)
+    if type(value) is str:
+        return value
+    raise Refusal(f"missing:{name}" if value is None else f"wrong_type:{name}")
+
+
+def label_of(record: Record, name: str, source: str) -> str:
+    """A label: text, or an integer or boolean as its text. White space around it is no part."""
+    value = record.get(source)
+    if type(value) is str:
+        return value.strip()
+    if type(value) is bool:
+        return "true" if value else "false"
+    if type(value) is int:
+        return str(value)
+    raise Refusal(f"missing:{name}" if value is None else f"wrong_type:{name}")
+
+
+def messages_of(record: Record, name: str, source: str) -> list[tuple[str, str]]:
+    """A conversation as (role, content) pairs."""
+    value = record.get(source)
+    if type(value) is not list:
+        raise Refusal(f"missing:{name}" if value is None else f"wrong_type:{name}")
+    pairs = []
+    for message in value:
+        if type(message) is not dict:
+            raise Refusal(f"wrong_type:{name}")
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str:
+            raise Refusal(("wrong_type" if "role" in message else "missing") + f":{name}.role")
+        if type(content) is not str:
+            missing = content is None
+            raise Refusal(("missing" if missing else "wrong_type") + f":{name}.content")
+        if len(message) != 2:
+            extra = [key for key, it in message.items() if key not in ("role", "content") and it]
+            if extra:
+                raise Refusal(*(f"extra_key:{name}.{key}" for key in extra))
+        pairs.append((role, content))
+    return pairs
+
+
+#: Column: how its value is read.
+READERS: dict[str, Callable[[Record, str, str], Any]] = {
+    "messages": messages_of,
+    "prompt": text_of,
+    "completion": text_of,
+    "text": text_of,
+    "label": label_of,
+}
+
+
+def row_reader(kind: Kind, sources: dict[str, str]) -> Callable[[Record], Row]:
+    """A function from a record to the values of its columns; it raises Refusal.
+
+    sources: our column name: the file's.
+    """
+    columns = [(READERS[name], name, sources[name]) for name in COLUMNS[kind]]
+    if len(columns) == 1:
+        [(read, name, source)] = columns
+        return lambda record: (read(record, name, source),)
+
+    def read_all(record: Record) -> Row:
+        values, reasons = [], []
+        for read, name, source in columns:
+            try:
+                values.append(read(record, name, source))
+            except Refusal as refusal:
+                reasons.extend(refusal.args)
+        if reasons:
+            raise Refusal(*reasons)
+        return tuple(values)
+
+    return read_all
+
+
+def digest_of(kind: Kind, row: Row) -> bytes:
+    """The digest of a row, over all of its values.
+
+    A prompt and its completion are the chat of one question, and equal to it.
+    """
+    if kind == "chat":
+        return digest([part for pair in row[0] for part in pair])
+    if kind == "completion":
+        return digest(["user", row[0], "assistant", row[1]])
+    return digest(list(row))
+
+
+def to_table(kind: Kind, lines: list[int], rows: list[Row]) -> pa.Table:
+    """Rows as an Arrow table with the columns of their contract."""
+    columns: dict[str, pa.Array] = {"row": pa.array(lines, pa.int64())}
+    if kind == "chat":
+        ends, roles, contents = [0], [], []
+        for (messages,) in rows:
+            for role, content in messages:
+                roles.append(role)
+                contents.append(content)
+            ends.append(len(roles))
+        fields = [pa.array(roles, pa.large_string()), pa.array(contents, pa.large_string())]
+        structs = pa.StructArray.from_arrays(fields, ["role", "content"])
+        columns["messages"] = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), structs)
+    else:
+        for index, name in enumerate(COLUMNS[kind]):
+            columns[name] = pa.array([row[index] for row in rows], pa.large_string())
+    return pa.table(columns)
