@@ -15,7 +15,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 PR_SET_PDEATHSIG = 1
 
@@ -23,13 +22,16 @@ PR_SET_PDEATHSIG = 1
 GRACE_S = 4.0
 
 
-def end_group(child: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the group, SIGKILL to what is left of it: this process included."""
+def ask_group(_signal: int, _frame: object) -> None:
+    """SIGTERM to the group, and SIGKILL to what is left of it when the grace is over."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: end_group())
+    signal.setitimer(signal.ITIMER_REAL, GRACE_S)
     os.killpg(0, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
-    while child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+
+
+def end_group() -> None:
+    """SIGKILL to the group, this process included."""
     os.killpg(0, signal.SIGKILL)
 
 
@@ -37,23 +39,14 @@ def main() -> int:
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if os.getpgid(0) != os.getpid():
         os.setpgid(0, 0)
-    ended = False
-
-    def on_term(_signal: int, _frame: object) -> None:
-        nonlocal ended
-        ended = True
-        if child is not None:
-            end_group(child)
-
-    child: subprocess.Popen[bytes] | None = None
-    signal.signal(signal.SIGTERM, on_term)
+    # Before the child starts: at worst it is started after SIGTERM and ends when the grace does.
+    signal.signal(signal.SIGTERM, ask_group)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         return 128 + signal.SIGKILL  # the parent died before the line above
-    child = subprocess.Popen(command)
-    if ended:
-        end_group(child)
-    code = child.wait()
+    code = subprocess.Popen(command).wait()
+    if signal.getsignal(signal.SIGTERM) is not ask_group:
+        end_group()
     return code if code >= 0 else 128 - code
 
 

@@ -25,6 +25,7 @@ from schemas.recipe import Candidate, Frozen, Recipe, Train, TrainOverrides
 from schemas.stages import (
     Call,
     EvaluateSpec,
+    InspectSpec,
     MergeSpec,
     PageSpec,
     PrepareSpec,
@@ -67,6 +68,16 @@ class Calls:
         check_sources(recipe, recipe_path)
         self.base = base_directory(recipe, recipe_path)
         check_base(self.base)
+
+    def inspect(self) -> Step:
+        """Reads the base's configuration alone: shapes need no weights and no rows."""
+        candidates = [
+            candidate.model_copy(update={"train": TrainOverrides()})
+            for candidate in self.recipe.candidates
+        ]
+        spec = InspectSpec(task=self.recipe.task, candidates=candidates)
+        outside = {"base": self._hashes.of_files([self.base / "config.json"])}
+        return self._step(spec, "report", paths=self._with_base, outside=outside)
 
     def prepare(self) -> Step:
         data = self.recipe.data
@@ -116,9 +127,11 @@ class Calls:
         inputs = {"prepared": rows} | ({"subject": subject} if subject else {})
         return self._step(spec, "report", inputs, self._with_base, self._weights, label)
 
-    def merge(self, label: str, trained: Made) -> Step:
+    def merge(self, label: str, rows: Made, trained: Made) -> Step:
+        """Of the rows a classifier needs its labels, and a causal model nothing."""
         spec = MergeSpec(finish=self.recipe.finish)
-        inputs = {"trained": trained}
+        labels = {"prepared": rows} if self.recipe.task == "sequence-classification" else {}
+        inputs = {"trained": trained, **labels}
         return self._step(spec, "transformers", inputs, self._with_base, self._weights, label)
 
     def register(self, rows: Made, finished: Made, evaluated: Made) -> Step:

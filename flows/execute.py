@@ -29,9 +29,14 @@ TAIL_LINES = 12
 
 
 def run_stage(
-    call: Call, home: Home, on_event: Callable[[Event], None], *, offline: bool = True
+    call: Call,
+    home: Home,
+    on_event: Callable[[Event], None],
+    *,
+    offline: bool = True,
+    package: str = "tasks",
 ) -> Entry:
-    """Make the entry of `call` in a process of its own: `python -m tasks.<stage>`.
+    """Make the entry of `call` in a process of its own: `python -m <package>.<stage>`.
 
     Events of kind progress, note and warning go to `on_event` as they come. The child's standard
     error is kept in the home's `logs/`.
@@ -46,7 +51,7 @@ def run_stage(
         file.write(call.model_dump_json())
         file.flush()
         # -P: a directory named `tasks` where the user stands must not be taken for ours.
-        command = [sys.executable, "-P", "-m", f"tasks.{call.stage}", file.name]
+        command = [sys.executable, "-P", "-m", f"{package}.{call.stage}", file.name]
         command += ["--store", str(home.store)]
         environment = home.environment(offline=offline) | {"PEFTFLOW_EVENTS": "1"}
         with log.open("wb") as errors, bound(command, environment, errors) as child:

@@ -49,10 +49,11 @@ class Outcome:
 
 
 def story(calls: Calls, hands: Hands) -> Outcome:
-    """prepare → train × candidates → evaluate → select → merge → evaluate → register → promote."""
+    """From the recipe to a promoted model; what a step reads says what it waits for."""
     recipe = calls.recipe
     candidates = {candidate.label: candidate for candidate in recipe.candidates}
 
+    hands.make(calls.inspect())
     rows = hands.make(calls.prepare())
     trained = {
         label: hands.make(calls.train(candidate, rows)) for label, candidate in candidates.items()
@@ -66,7 +67,7 @@ def story(calls: Calls, hands: Hands) -> Outcome:
 
     finished = trained[choice.label]
     if recipe.finish.merge and candidates[choice.label].method != "full":
-        finished = hands.make(calls.merge(choice.label, finished))
+        finished = hands.make(calls.merge(choice.label, rows, finished))
     evaluated["finished"] = hands.make(calls.evaluate("finished", rows, finished))
 
     page = hands.make(calls.page(page_inputs(rows, trained, evaluated), choice.label, choice.why))

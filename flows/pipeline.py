@@ -1,0 +1,213 @@
+"""The Prefect flow: the story of `flows/story.py`, each stage a task with its state and history.
+
+peftflow run recipes/quickstart.yaml                       on this machine
+prefect deploy --prefect-file infra/prefect.yaml --all     on a schedule, by a worker
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from prefect import Task, flow, get_client, get_run_logger
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import flow_run
+from prefect.states import Completed, Crashed, Failed
+
+from flows.calls import Calls, Step
+from flows.execute import Event
+from flows.home import Home
+from flows.hub import needs_hub
+from flows.records import RunRecord, StageLine, dead_runs, new_run_id, now
+from flows.story import story
+from flows.tell import finish, problems_of
+from flows.tracking import Tracker
+from flows.work import Bench, Listener
+from schemas.errors import RetryableError, UserError
+from schemas.load import load_recipe
+from schemas.recipe import Recipe
+from schemas.report import GateVerdict, Registration
+from tasks.core.store import Entry
+
+T = TypeVar("T")
+
+#: Seconds before a stage that may yet succeed (RetryableError) is tried again.
+RETRY_AFTER_S = [5.0, 20.0]
+
+
+@dataclass
+class Session:
+    """What the command line lends the flow, and the record that it gets back."""
+
+    listener: Listener
+    record: RunRecord | None = None
+
+
+SESSION: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+@flow(name="peftflow", flow_run_name="{recipe}")
+def pipeline(recipe: str, overrides: list[str] | None = None, home: str | None = None) -> Any:
+    """Run a recipe to its end. Paths are relative to the working directory.
+
+    The flow run is Failed, by the name of GateRefused, when the finished model does not pass.
+    """
+    session, path = SESSION.get(), Path(recipe).resolve()
+    place = Home.find(Path(home) if home else None)
+    place.open()
+    loaded = load_recipe(path, overrides)
+    record = RunRecord(
+        run_id=new_run_id(loaded.name),
+        recipe=str(path),
+        name=loaded.name,
+        prefect_flow_run=str(flow_run.id),
+    )
+    if session is not None:
+        session.record = record
+    listener = Prefect(session.listener if session else None)
+    with recorded(record, place, loaded) as tracker:
+        calls = Calls(loaded, path, place)
+        bench = Bench(place, listener, offline=not needs_hub(loaded))
+        outcome = story(calls, Working(bench, calls, record, tracker))
+        finish(record, outcome, place)
+    if record.state == "refused":
+        return Failed(name="GateRefused", message="the finished model does not pass the gate")
+    return Completed(message=record.why)
+
+
+class Working:
+    """Hands that make what is missing, each step a Prefect task."""
+
+    def __init__(self, bench: Bench, calls: Calls, record: RunRecord, tracker: Tracker) -> None:
+        self._bench, self._record, self._tracker = bench, record, tracker
+        self._calls = calls
+        self._candidates = {candidate.label: candidate for candidate in calls.recipe.candidates}
+
+    def make(self, step: Step) -> Entry:
+        entry = run_task(step.call.stage, step.title, lambda: self._make(step))
+        stage = step.call.stage
+        if stage == "train":
+            self._tracker.trained(self._candidates[step.label], entry.path)
+        elif stage == "evaluate":
+            self._tracker.evaluated(step.label, entry.key, entry.path)
+        elif stage == "report":
+            self._tracker.reported(entry.path / "report.html")
+        return entry
+
+    def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
+        if not (self._calls.recipe.register_.promote and verdict.passed):
+            return False
+        title = f"promote {registration.name} {registration.version}"
+        return run_task("promote", title, lambda: Completed(data=self._promote(registration)))
+
+    def _make(self, step: Step) -> State[Entry]:
+        entry, line = self._bench.make(step)
+        self._record.stages.append(line)
+        self._record.save(self._bench.home)
+        return Completed(name="Cached" if line.cached else "Made", message=line.key, data=entry)
+
+    def _promote(self, registration: Registration) -> bool:
+        from tasks.register.promote import promote
+
+        register, home = self._calls.recipe.register_, self._bench.home
+        why = f"run {self._record.run_id}"
+        name, version = registration.name, registration.version
+        return promote(home.root, name, version, why, register.gate).promoted
+
+
+def run_task(name: str, title: str, work: Callable[[], State[T]]) -> T:
+    """Run `work` as one Prefect task; its state is the one that `work` returns."""
+    made: Task[[], Any] = Task(
+        work,
+        name=name,
+        task_run_name=title,
+        retries=len(RETRY_AFTER_S),
+        retry_delay_seconds=RETRY_AFTER_S,
+        retry_condition_fn=may_succeed_later,
+        persist_result=False,
+    )
+    state: State[Any] = made(return_state=True)
+    return cast(T, state.result())
+
+
+def may_succeed_later(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Retries are for a full disk or a server that is away, not for a stage that fails."""
+    return isinstance(state.result(raise_on_failure=False), RetryableError)
+
+
+@contextmanager
+def recorded(record: RunRecord, home: Home, recipe: Recipe) -> Iterator[Tracker]:
+    """Keep the run's record and its MLflow runs true to how the block ends."""
+    dead = bury(home)
+    record.save(home)
+    tracker = Tracker(home, recipe, record, dead)
+    try:
+        yield tracker
+    except BaseException as error:
+        record.state = "wrong-input" if isinstance(error, UserError) else "failed"
+        record.errors = problems_of(error)
+        raise
+    finally:
+        record.ended = now()
+        for problem in tracker.close():
+            get_run_logger().warning("MLflow: %s", problem)
+            record.warnings.append(f"MLflow has no record of a part of this run: {problem}")
+        record.save(home)
+
+
+def bury(home: Home) -> list[str]:
+    """Say Crashed of the flow runs whose process was killed; the ids of their MLflow runs.
+
+    Prefect itself would leave them Running for ever.
+    """
+    dead = dead_runs(home)
+    with get_client(sync_client=True) as client:
+        for run in dead:
+            state: State[Any] = Crashed(message="its process was killed")
+            if run.prefect_flow_run is not None:
+                known = FlowRunFilter(id=FlowRunFilterId(any_=[run.prefect_flow_run]))
+                for task_run in client.read_task_runs(flow_run_filter=known):
+                    if task_run.state is None or not task_run.state.is_final():
+                        client.set_task_run_state(task_run.id, state, force=True)
+                for found in client.read_flow_runs(flow_run_filter=known):
+                    client.set_flow_run_state(found.id, state, force=True)
+            run.state, run.ended = "crashed", now()
+            run.save(home)
+    return [run.mlflow_run for run in dead if run.mlflow_run is not None]
+
+
+class Prefect:
+    """A listener that writes to the flow run's log, and tells another listener as well."""
+
+    def __init__(self, other: Listener | None) -> None:
+        self._other = other
+
+    def begin(self, step: Step) -> None:
+        if self._other is not None:
+            self._other.begin(step)
+
+    def event(self, step: Step, event: Event) -> None:
+        if event["event"] == "warning":
+            get_run_logger().warning("%s", event["message"])
+        elif event["event"] == "note":
+            get_run_logger().info("%s", event["message"])
+        if self._other is not None:
+            self._other.event(step, event)
+
+    def end(self, step: Step, line: StageLine | None, entry: Entry | None) -> None:
+        if self._other is not None:
+            self._other.end(step, line, entry)
+
+
+def flush() -> None:
+    """Send what Prefect still holds back: task states travel as events, logs in batches."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    EventsWorker.drain_all()
+    APILogWorker.drain_all()

@@ -1,0 +1,150 @@
+"""What a run looks like: lines for what happened, and on a terminal live bars for what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from flows.calls import Step
+from flows.execute import Event
+from flows.records import StageLine
+from schemas.errors import UserError
+from schemas.report import DataReport
+from tasks.core.store import Entry
+
+
+class Screen:
+    """A listener that prints. Bars appear on a terminal only; elsewhere a line for each event."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._bars: dict[str, TaskID] = {}
+
+    def begin(self, step: Step) -> None:
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[figures]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._progress.start()
+        self._bars[""] = self._progress.add_task(step.title, total=None, unit="", figures="")
+
+    def event(self, step: Step, event: Event) -> None:
+        kind = event["event"]
+        if kind == "progress":
+            self._advance(event)
+        elif kind == "warning":
+            self.console.print(f"  [yellow]warning[/] {step.title}: ", end="")
+            self.console.print(event["message"], markup=False, highlight=False)
+        else:
+            self.console.print(f"  {step.title}: {event['message']}", markup=False, style="dim")
+
+    def end(self, step: Step, line: StageLine | None, entry: Entry | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress, self._bars = None, {}
+        if line is None or entry is None:
+            self.console.print(f"[red]✗[/] {step.title:<28} failed")
+            return
+        took = "" if line.seconds is None else seconds(line.seconds)
+        word = "[dim]cached[/]" if line.cached else "made  "
+        self.console.print(
+            f"[green]✓[/] {step.title:<28} {word} {took:>9}  [dim]{line.key[:12]}[/]"
+        )
+        if step.call.stage == "prepare":
+            self.data(entry.path)
+
+    def data(self, rows: Path) -> None:
+        """Rows in, kept and refused by reason, for each split."""
+        report = DataReport.model_validate_json((rows / "data_report.json").read_bytes())
+        for name, split in report.splits.items():
+            refused = split.rows_in - split.rows_kept
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in split.refused.items())
+            text = f"    {name:<9} {split.rows_in:,} rows in = {split.rows_kept:,} kept"
+            text += f" + {refused:,} refused" + (f" ({reasons})" if reasons else "")
+            if split.truncated:
+                text += f"; {split.truncated:,} truncated"
+            if split.label_less:
+                text += f"; {split.label_less:,} without a label"
+            self.console.print(text, markup=False, highlight=False)
+
+    def error(self, error: Exception) -> None:
+        """What went wrong; for a user's input each problem with its place and its fix."""
+        if isinstance(error, UserError):
+            count = len(error.problems)
+            head = "one thing has" if count == 1 else f"{count} things have"
+            self.console.print(f"[red]✗[/] {head} to be put right:")
+            for problem in error.problems:
+                self.console.print(f"  {problem.place}", markup=False, style="bold")
+                self.console.print(f"    found: {problem.found}", markup=False, highlight=False)
+                self.console.print(f"    fix:   {problem.fix}", markup=False, highlight=False)
+        else:
+            self.console.print("[red]✗[/] ", end="")
+            self.console.print(str(error) or type(error).__name__, markup=False, highlight=False)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A spinner on a terminal, silence elsewhere."""
+        if self.console.is_terminal:
+            with self.console.status(what):
+                yield
+        else:
+            yield
+
+    def _advance(self, event: Event) -> None:
+        if self._progress is None:
+            return
+        label = str(event["label"])
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in event["figures"].items())
+        if label not in self._bars:
+            self._bars[label] = self._progress.add_task(
+                label, total=event["total"], completed=event["done"], unit=event["unit"], figures=""
+            )
+        self._progress.update(
+            self._bars[label], completed=event["done"], total=event["total"], figures=figures
+        )
+
+
+class Rate(ProgressColumn):
+    """Done, total, and units a second over the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        unit = task.fields["unit"]
+        rate = f", {task.speed:,.4g} {unit}/s" if task.speed else ""
+        return Text(f"{task.completed:,.0f}/{task.total:,.0f} {unit}{rate}")
+
+
+def seconds(value: float) -> str:
+    """A duration as people read it: 0.4 s, 41 s, 3 min 05 s."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return (
+        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    )

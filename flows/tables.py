@@ -1,0 +1,148 @@
+"""The tables that the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from flows.records import RunRecord, Subject
+from schemas.report import TASK_METRICS, GateVerdict
+
+Get = Callable[[Subject], float | None]
+
+#: Metrics of which less is better.
+LESS = {name for known in TASK_METRICS.values() for name, more in known.items() if not more}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of the table. less: whether a smaller value is the better one; None: neither."""
+
+    criterion: str
+    name: str
+    get: Get
+    form: str
+    less: bool | None
+
+
+def figure(name: str, scale: float = 1.0) -> Get:
+    """Reads a flat figure (`CriteriaReport.figures`)."""
+
+    def get(subject: Subject) -> float | None:
+        value = subject.figures.get(name)
+        return None if value is None else value * scale
+
+    return get
+
+
+def lines_of(subjects: list[Subject]) -> list[Line]:
+    """The figures that at least one subject has, by criterion."""
+    fixed = [
+        Line("storage", "shipped MiB", figure("shipped_bytes", 2**-20), ",.2f", True),
+        Line("", "trained parameters", figure("trainable_parameters"), ",.0f", True),
+        Line("", "of the base, %", figure("trainable_share", 100), ".2f", True),
+        Line("memory", "training peak MiB", figure("train_peak_mib"), ",.0f", True),
+        Line("", "generating peak MiB", figure("generate_peak_mib"), ",.0f", True),
+        Line(
+            "computation",
+            "forward MFLOP/token",
+            figure("forward_flops_per_token", 1e-6),
+            ",.2f",
+            True,
+        ),
+        Line("", "backward MFLOP/token", figure("backward_flops_per_token", 1e-6), ",.2f", True),
+        Line("", "FLOPs, of full tuning's", figure("flops_ratio_to_full"), ".2f", True),
+        Line("", "step time, s", figure("step_time_s"), ".3f", True),
+        Line("", "training tokens/s", figure("train_tokens_per_s"), ",.0f", False),
+    ]
+    metrics = list(dict.fromkeys(name for s in subjects for name in s.accuracy["metrics"]))
+    accuracy = [
+        Line("", name, figure(name), ".4f" if name != "perplexity" else ".3f", name in LESS)
+        for name in metrics
+    ]
+    accuracy.append(Line("", "retention loss, change", figure("retention_change"), "+.3f", True))
+    ratios = [
+        Line("", words(name), figure(name), ".2f", True)
+        for name in dict.fromkeys(name for s in subjects for name in s.figures)
+        if name.startswith(("prefill_ratio", "token_ratio"))
+    ]
+    for first, criterion in ((accuracy, "accuracy"), (ratios, "overhead")):
+        if first:
+            first[0] = Line(criterion, *list(vars(first[0]).values())[1:])
+    shown = [*fixed, *accuracy, *ratios]
+    return [line for line in shown if any(line.get(s) is not None for s in subjects)]
+
+
+def words(name: str) -> str:
+    """`token_ratio_b8_merged` as `token time × base, batch 8 merged`."""
+    what, _, rest = name.partition("_ratio_b")
+    size, _, merged = rest.partition("_")
+    return f"{what} time × base, batch {size}" + (" merged" if merged else "")
+
+
+def criteria_table(record: RunRecord) -> Table:
+    """The five criteria: the base, each candidate (the best starred) and the finished model."""
+    subjects = [s for s in (record.base, *record.candidates, record.finished) if s is not None]
+    candidates = {candidate.label for candidate in record.candidates}
+    table = Table(title="Five criteria", title_justify="left", pad_edge=False, box=None)
+    table.add_column("", style="cyan")
+    table.add_column("")
+    for subject in subjects:
+        chosen = subject.label == record.selected
+        table.add_column(subject.label, justify="right", style="bold" if chosen else "")
+    for line in lines_of(subjects):
+        values = {subject.label: line.get(subject) for subject in subjects}
+        best = best_of({label: values[label] for label in candidates}, line.less)
+        cells = []
+        for subject in subjects:
+            value = values[subject.label]
+            shown = "–" if value is None else format(value, line.form) + interval(subject, line)
+            cells.append(f"{shown} [green]★[/]" if subject.label in best else f"{shown}  ")
+        table.add_row(line.criterion, line.name, *cells)
+    return table
+
+
+def interval(subject: Subject, line: Line) -> str:
+    """The 95 % interval of a metric, half its width."""
+    metric = subject.accuracy["metrics"].get(line.name)
+    return f" ±{(metric['high'] - metric['low']) / 2:.3f}" if metric else ""
+
+
+def best_of(values: dict[str, float | None], less: bool | None) -> set[str]:
+    """Who has the best value, where it is told apart from the others."""
+    known = {label: value for label, value in values.items() if value is not None}
+    if less is None or len(set(known.values())) < 2:
+        return set()
+    best = (min if less else max)(known.values())
+    return {label for label, value in known.items() if value == best}
+
+
+def gate_lines(verdict: GateVerdict) -> list[str]:
+    """Each bound of the gate with the figure it met."""
+    return [
+        f"[{'green' if check.passed else 'red'}]{'✓' if check.passed else '✗'}[/] "
+        f"{check.figure} {check.bound}: "
+        + ("missing" if check.value is None else f"{check.value:.4g}")
+        for check in verdict.checks
+    ]
+
+
+def outcome(record: RunRecord) -> RenderableType:
+    """The end of a run: table, selection, gate, version, report."""
+    registered, gate = record.registered, record.gate
+    assert registered is not None
+    assert gate is not None
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="cyan")
+    facts.add_column(overflow="fold")
+    facts.add_row("selected", record.why or "")
+    facts.add_row("gate", "\n".join(gate_lines(gate)) or "no bounds given")
+    aliases = " and ".join(record.aliases)
+    facts.add_row("registered", f"{registered.name} version {registered.version}, {aliases}")
+    difference = f"{registered.max_logit_difference:.2g} (at most {registered.tolerance:.2g})"
+    facts.add_row("loads as trained", f"logits differ by {difference}")
+    facts.add_row("report", record.report or "")
+    return Group("", criteria_table(record), "", facts)

@@ -1,0 +1,35 @@
+"""How a run ended, put into its record."""
+
+from __future__ import annotations
+
+import shutil
+
+from flows.home import Home
+from flows.records import RunRecord, Subject, reports_path
+from flows.story import Outcome
+from schemas.errors import UserError
+
+
+def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
+    """Fill in what the story ended with, and copy the HTML report to the home's `reports/`."""
+    page = reports_path(home, record.run_id)
+    shutil.copyfile(outcome.page, page)
+    reports = outcome.reports
+    record.report = str(page)
+    record.base = Subject.of("base", reports["base"])
+    record.finished = Subject.of("finished", reports["finished"])
+    record.candidates = [Subject.of(label, reports[label]) for label in outcome.trained]
+    record.selected, record.why = outcome.choice.label, outcome.choice.why
+    record.registered, record.gate = outcome.registration, outcome.verdict
+    record.promoted = outcome.promoted
+    record.aliases = ["challenger"] + ["champion"] * outcome.promoted
+    record.state = "done" if outcome.verdict.passed else "refused"
+
+
+def problems_of(error: BaseException) -> list[dict[str, str]]:
+    """An exception as a list of problems, each with place, found and fix."""
+    if isinstance(error, UserError):
+        return [problem.as_dict() for problem in error.problems]
+    if isinstance(error, KeyboardInterrupt):
+        return [{"place": "", "found": "interrupted", "fix": "run again: it goes on from here"}]
+    return [{"place": "", "found": str(error) or type(error).__name__, "fix": ""}]
