@@ -199,6 +199,7 @@ class GateCheck(Strict):
     bound: str
     value: float | None
     passed: bool
+    note: str = Field("", description="Why there is no value, in words.")
 
 
 class GateVerdict(Strict):
@@ -211,8 +212,9 @@ class GateVerdict(Strict):
 class LedgerEntry(Strict):
     """One line of the append-only ledger of promotions."""
 
-    when: str
+    when: str = Field(description="UTC, ISO 8601.")
     who: str
+    action: Literal["promote", "rollback"] = "promote"
     name: str
     alias: str
     from_version: str | None

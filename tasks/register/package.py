@@ -1,0 +1,165 @@
+"""What a registered version carries: one directory that says all there is to say of a model.
+
+model/           the whole model with its tokenizer, or the adapter
+tokenizer/       beside an adapter: the tokenizer of its base
+serving.json     how it is to be asked (`served_model.py` reads it)
+criteria.json    the five criteria, measured on this very model
+data_report.json what became of the rows
+manifest.json    hashes of data, base and files; git state; library versions
+README.md        the model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.manifest import Manifest
+from schemas.report import CriteriaReport, DataReport
+from schemas.stages import RegisterSpec
+from tasks.core.bases import base_files, tokenizer_files
+from tasks.core.files import sha256_file, sha256_json
+from tasks.core.models import load_config, load_tokenizer, read_labels
+from tasks.core.store import read_manifest
+from tasks.core.tokens import TokenRows
+from tasks.register.card import model_card
+
+#: Rows of the held-out set that stand in a version as an example of its input.
+EXAMPLE_ROWS = 2
+
+Paths = dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Package:
+    """The directory of a version, with what the registry is told of it.
+
+    key: the hash of all that decides its content: the same model is registered once.
+    example: rows to show how it is asked. requirements: exact versions, as pip writes them.
+    """
+
+    directory: Path
+    key: str
+    task: str
+    report: CriteriaReport
+    serving: dict[str, Any]
+    card: str
+    example: list[str]
+    requirements: list[str]
+
+
+def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
+    """Lay out the directory of a version."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    finished = paths["finished"] / "model"
+    shutil.copytree(finished, directory / "model")
+    report = CriteriaReport.model_validate_json((paths["evaluated"] / "criteria.json").read_bytes())
+    data = DataReport.model_validate_json((paths["prepared"] / "data_report.json").read_bytes())
+    is_adapter = (finished / "adapter_config.json").exists()
+    base = describe_base(spec, paths["base"]) if is_adapter else None
+    if is_adapter:
+        (directory / "tokenizer").mkdir()
+        for path in tokenizer_files(paths["base"]):
+            shutil.copyfile(path, directory / "tokenizer" / path.name)
+    serving = {
+        "task": spec.task,
+        "template": data.template,
+        "dtype": report.dtype,
+        "max_length": data.max_length,
+        "max_new_tokens": spec.max_new_tokens,
+        "stop_ids": stop_ids(spec, paths),
+        "labels": read_labels(paths["prepared"]) if spec.task != "causal-lm" else None,
+        "base": base,
+    }
+    manifests = lineage(paths)
+    example = example_rows(paths["prepared"])
+    card = model_card(spec, report, data, manifests, serving, example)
+    write_json(directory / "serving.json", serving)
+    write_json(
+        directory / "manifest.json",
+        {name: manifest.model_dump(mode="json") for name, manifest in manifests.items()},
+    )
+    shutil.copyfile(paths["evaluated"] / "criteria.json", directory / "criteria.json")
+    shutil.copyfile(paths["prepared"] / "data_report.json", directory / "data_report.json")
+    (directory / "README.md").write_text(card)
+    return Package(
+        directory=directory,
+        key=key_of_version(spec, manifests),
+        task=spec.task,
+        report=report,
+        serving=serving,
+        card=card,
+        example=example,
+        requirements=requirements(is_adapter),
+    )
+
+
+def key_of_version(spec: RegisterSpec, manifests: dict[str, Manifest]) -> str:
+    """The hash of the spec and of the entries that a version is made from."""
+    entries = {name: manifests[name].key for name in ("prepared", "finished", "evaluated")}
+    return sha256_json({"spec": spec.model_dump(mode="json"), "entries": entries})[:40]
+
+
+def lineage(paths: Paths) -> dict[str, Manifest]:
+    """The manifests behind a version, with that of the training run that was merged."""
+    names = ("prepared", "finished", "evaluated")
+    manifests = {name: read_manifest(paths[name]) for name in names}
+    trained_key = manifests["finished"].inputs.get("trained")
+    if trained_key is not None:
+        trained = paths["finished"].parent.parent / "train" / trained_key
+        if (trained / "manifest.json").exists():
+            manifests["trained"] = read_manifest(trained)
+    else:
+        manifests["trained"] = manifests["finished"]
+    return manifests
+
+
+def describe_base(spec: RegisterSpec, base: Path) -> dict[str, Any]:
+    """Where an adapter's base is found, and the hash of every file of it that counts."""
+    hashes = {path.name: sha256_file(path) for path in base_files(base)}
+    return {**spec.base, "path": str(base.resolve()), "sha256": hashes}
+
+
+def stop_ids(spec: RegisterSpec, paths: Paths) -> list[int]:
+    """The tokens that end an answer: those the base names, and those that the rows end in."""
+    if spec.task != "causal-lm":
+        return []
+    found: set[int] = set()
+    generation = paths["base"] / "generation_config.json"
+    named = [
+        load_config(paths["base"]).eos_token_id,
+        json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None,
+        load_tokenizer(paths["base"]).eos_token_id,
+    ]
+    for value in named:
+        found.update([value] if isinstance(value, int) else value or [])
+    rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
+    found.update(int(rows.row(index)[-1]) for index in range(len(rows)))
+    return sorted(found)
+
+
+def example_rows(prepared: Path) -> list[str]:
+    with (prepared / "test_rows.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(EXAMPLE_ROWS), strict=False)]
+    return [str(row["prompt"]) for row in rows]
+
+
+def requirements(is_adapter: bool) -> list[str]:
+    """What the version needs to be loaded and asked, pinned; MLflow adds itself.
+
+    A local version label (`+cpu`, `+cu128`) names a build, not a release, and is left off.
+    """
+    from importlib import metadata
+
+    names = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "mlflow"]
+    if is_adapter:
+        names += ["peft", "accelerate"]
+    return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

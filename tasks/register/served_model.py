@@ -1,0 +1,237 @@
+"""The code of a registered model: MLflow runs this file, alone, wherever the version is loaded.
+
+It imports nothing of this project. Beside it, as the artifact `package`, lie the weights (or an
+adapter, with the content hash of its base), the tokenizer, and `serving.json`, which says what
+training used: the task, the template, the dtype, the tokens that end an answer.
+
+A causal model answers prompts: plain text, or a conversation as a JSON list of
+`{"role": …, "content": …}`. A classifier gives each text its label and that label's probability.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd  # type: ignore[import-untyped]
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+MODEL_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+#: Rows that go through the model together. More is no faster on a CPU and costs memory.
+BATCH_ROWS = 16
+
+
+class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """What `mlflow.pyfunc.load_model(...).predict(rows, params)` calls."""
+
+    def load_context(self, context: Any) -> None:
+        package = Path(context.artifacts["package"])
+        self.serving: dict[str, Any] = json.loads((package / "serving.json").read_text())
+        whole = self.serving["base"] is None
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            package / ("model" if whole else "tokenizer")
+        )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(package, self.serving).to(self.device).eval()
+        self.pad_id = pad_id_of(self.model, self.tokenizer)
+
+    # MLflow reads a type hint on `model_input` as a schema; the signature says it better.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """One row out for one row in: `completion`, or `label` and `score`.
+
+        model_input: a list of texts, or a frame of which the first column counts.
+        params: max_new_tokens, for a causal model.
+        """
+        if isinstance(model_input, pd.DataFrame):
+            model_input = model_input.iloc[:, 0]
+        rows = [str(row) for row in model_input]
+        if self.serving["task"] == "causal-lm":
+            longest = int((params or {}).get("max_new_tokens", self.serving["max_new_tokens"]))
+            return pd.DataFrame({"completion": self.complete(rows, longest)})
+        return self.classify(rows)
+
+    def encode(self, row: str) -> list[int]:
+        """The tokens of a prompt or a text, as in training."""
+        if self.serving["template"] == "chat":
+            text = self.tokenizer.apply_chat_template(
+                conversation(row), tokenize=False, add_generation_prompt=True
+            )
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.serving["task"] == "sequence-classification":
+            limit = self.serving["max_length"]
+            return list(self.tokenizer(row, truncation=True, max_length=limit)["input_ids"])
+        encoded = self.tokenizer(row, return_special_tokens_mask=True)
+        ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+        while special and special[-1]:  # an answer follows, so the text does not end here
+            special.pop()
+            ids.pop()
+        return ids
+
+    @torch.inference_mode()
+    def complete(self, rows: list[str], max_new_tokens: int) -> list[str]:
+        """The greedy answer to each prompt."""
+        prompts = [self.encode(row) for row in rows]
+        answers = [""] * len(rows)
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.serving["stop_ids"],
+            pad_token_id=self.pad_id,
+        )
+        for batch in batches(prompts):
+            inputs = padded([prompts[row] for row in batch], self.pad_id, left=True)
+            ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
+            written_BT = self.model.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings
+            )[:, ids_BT.shape[1] :]
+            for row, ids in zip(batch, written_BT.tolist(), strict=True):
+                end = next((at for at, token in enumerate(ids) if self.ends(token)), len(ids))
+                answers[row] = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return answers
+
+    def ends(self, token: int) -> bool:
+        return token in self.serving["stop_ids"]
+
+    def classify(self, rows: list[str]) -> pd.DataFrame:
+        """The most probable label of each text, and its probability."""
+        names = self.model.config.id2label
+        logits_NC = self.logits([self.encode(row) for row in rows])
+        scores_NC = torch.stack(logits_NC).softmax(dim=-1) if rows else torch.zeros(0, len(names))
+        best_N = scores_NC.argmax(dim=-1).tolist()
+        return pd.DataFrame(
+            {
+                "label": [names[best] for best in best_N],
+                "score": [
+                    float(score_C[best]) for score_C, best in zip(scores_NC, best_N, strict=True)
+                ],
+            }
+        )
+
+    @torch.inference_mode()
+    def logits(self, rows: list[list[int]]) -> list[torch.Tensor]:
+        """The logits of each row of tokens, float32: [T, vocabulary], or [classes]."""
+        if self.serving["task"] == "causal-lm":
+            alone = (torch.tensor([row], device=self.device) for row in rows)
+            return [self.model(input_ids=ids_1T).logits[0].float().cpu() for ids_1T in alone]
+        found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        for batch in batches(rows):
+            inputs = padded([rows[row] for row in batch], self.pad_id, left=False)
+            ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
+            logits_BC = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits.float().cpu()
+            for row, logits_C in zip(batch, logits_BC, strict=True):
+                found[row] = logits_C
+        return found
+
+
+def load_model(package: Path, serving: dict[str, Any]) -> Any:
+    """The whole model, or the adapter on the base that it was trained on and no other."""
+    load = MODEL_CLASSES[serving["task"]].from_pretrained
+    options: dict[str, Any] = {"dtype": getattr(torch, serving["dtype"]), "use_safetensors": True}
+    if serving["base"] is None:
+        return load(package / "model", local_files_only=True, **options)
+    from peft import PeftModel
+
+    if serving["labels"] is not None:
+        options["id2label"] = dict(enumerate(serving["labels"]))
+        options["label2id"] = {label: at for at, label in enumerate(serving["labels"])}
+        options["num_labels"] = len(serving["labels"])
+        options["ignore_mismatched_sizes"] = True
+    base = load(find_base(serving["base"]), local_files_only=True, **options)
+    return PeftModel.from_pretrained(base, package / "model")
+
+
+def find_base(base: dict[str, Any]) -> Path:
+    """The directory of the base: PEFTFLOW_BASE, else where it was, else the hub's revision.
+
+    Raises:
+        RuntimeError: there is none, or its content is not what the adapter was trained on.
+    """
+    named = os.environ.get("PEFTFLOW_BASE")
+    place = Path(named or base["path"])
+    if not named and not place.is_dir() and base["revision"]:
+        from huggingface_hub import snapshot_download
+
+        names = sorted(base["sha256"])
+        place = Path(
+            snapshot_download(base["model"], revision=base["revision"], allow_patterns=names)
+        )
+    if not place.is_dir():
+        raise RuntimeError(
+            f"this version is an adapter and its base, {base['model']}, is not at {place}; "
+            "set PEFTFLOW_BASE to a directory that holds it"
+        )
+    for name, wanted in base["sha256"].items():
+        path = place / name
+        if not path.is_file() or sha256_file(path) != wanted:
+            raise RuntimeError(
+                f"{path} is not the file that this adapter was trained on (SHA-256 {wanted}); "
+                f"set PEFTFLOW_BASE to a directory with the right {base['model']}"
+            )
+    return place
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def conversation(row: str) -> list[dict[str, str]]:
+    """A row as chat messages: a JSON list of them, or one message of the user."""
+    try:
+        value = json.loads(row)
+    except ValueError:
+        value = None
+    if isinstance(value, list) and value and all(is_message(item) for item in value):
+        return value
+    return [{"role": "user", "content": row}]
+
+
+def is_message(item: Any) -> bool:
+    return isinstance(item, dict) and item.keys() == {"role", "content"}
+
+
+def pad_id_of(model: Any, tokenizer: Any) -> int:
+    """The id that fills up rows; the configuration must name it for decoders that classify."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id or 0
+    return int(model.config.pad_token_id)
+
+
+def batches(rows: list[list[int]]) -> Iterator[list[int]]:
+    """The indices of rows of similar length together, so that little is padding."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    for start in range(0, len(order), BATCH_ROWS):
+        yield order[start : start + BATCH_ROWS]
+
+
+def padded(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, both int64 [B, T]."""
+    width = max(len(row) for row in rows)
+    ids_BT = torch.full((len(rows), width), pad_id)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        ids_BT[index, start : start + len(row)] = torch.tensor(row)
+        mask_BT[index, start : start + len(row)] = 1
+    return ids_BT, mask_BT
+
+
+mlflow.models.set_model(ServedModel())
