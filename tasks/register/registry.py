@@ -69,7 +69,7 @@ def sqlite_directory(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
 
 
-def experiment(client: MlflowClient, uri: str, name: str) -> str:
+def experiment(client: MlflowClient, name: str) -> str:
     """The id of the experiment `name`, made if need be.
 
     Beside SQLite its artifacts lie beside the database: MLflow's default is the directory in
@@ -80,7 +80,7 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    directory = sqlite_directory(uri)
+    directory = sqlite_directory(client.tracking_uri)
     place = None if directory is None else (directory.resolve() / "artifacts" / name).as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=place))
@@ -98,7 +98,7 @@ def register_package(package: Package, name: str, experiment_name: str, uri: str
     found = find_version(client, name, package.key)
     if found is not None:
         return found
-    experiment_id = experiment(client, uri, experiment_name)
+    experiment_id = experiment(client, experiment_name)
     run_id = run_of(client, experiment_id, package)
     model_uri = logged_model(client, experiment_id, run_id, package)
     tags = {
