@@ -12,14 +12,15 @@ import typer
 from rich.console import Console
 
 from flows.home import Home
-from flows.records import EXIT_CODES, RunRecord
+from flows.records import EXIT_CODES
 from flows.screen import Screen
+from flows.tell import problems_of
 from schemas.errors import StageError, UserError
 
 app = typer.Typer(
     name="peftflow",
     help="One YAML recipe: validated data, tuned adapters, a five-criteria comparison, "
-    "a registered model.",
+    "a registered model. Exit codes: 0 done, 1 failed, 2 wrong input, 3 refused by the gate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value: train.epochs=1"),
@@ -36,6 +38,7 @@ HomeOption = Annotated[
     typer.Option("--home", metavar="DIR", help="Default: PEFTFLOW_HOME, else ./.peftflow"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object, last on stdout.")]
+WhyOption = Annotated[str, typer.Option("--why", help="Kept in the ledger.")]
 
 
 @app.command()
@@ -46,38 +49,206 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe to its end: data, candidates, comparison, registered model, promotion."""
-    from flows import run as runs
-    from flows.tables import outcome
+    from flows.run import run as run_recipe
+    from flows.tables import last_line, outcome
 
-    screen = Screen(Console(stderr=as_json))
-
-    def work() -> int:
-        record = runs.run(recipe, set_ or [], Home.find(home), screen)
-        screen.console.print(outcome(record))
-        screen.console.print(summary(record), highlight=False)
+    def work(screen: Screen) -> int:
+        record = run_recipe(recipe, set_ or [], Home.find(home), screen)
+        screen.console.print(outcome(record), highlight=False)
+        screen.console.print(last_line(record), highlight=False)
         if as_json:
             print(record.model_dump_json())
         return EXIT_CODES[record.state]
 
-    guarded(work, screen, as_json)
+    guarded(work, as_json)
 
 
-def summary(record: RunRecord) -> str:
-    """The last line of a run."""
-    name = record.run_id
-    if record.all_cached:
-        return f"\nEverything is already done: {len(record.stages)} stages found, nothing to make."
-    made = sum(not line.cached for line in record.stages)
-    word = "Refused by the gate" if record.state == "refused" else "Done"
-    return f"\n{word}: run {name}, {made} of {len(record.stages)} stages made."
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Recipe and data only: rows in, kept, refused with reasons, truncated, without a label."""
+    from flows.check import check as check_recipe
+
+    def work(screen: Screen) -> int:
+        report = check_recipe(recipe, set_ or [], Home.find(home), screen)
+        if as_json:
+            print(report.model_dump_json())
+        return 0
+
+    guarded(work, as_json)
 
 
-def guarded(work: Callable[[], int], screen: Screen, as_json: bool = False) -> None:
-    """Run a command and exit as the issue's codes say: 1 failed, 2 wrong input, 130 interrupted."""
-    from flows.tell import problems_of
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = None, home: HomeOption = None) -> None:
+    """What a run would make and what is in the store already."""
+    from flows.check import plan_recipe
+    from flows.tables import plan_table
 
+    def work(screen: Screen) -> int:
+        steps, later = plan_recipe(recipe, set_ or [], Home.find(home))
+        screen.console.print(plan_table(steps, later))
+        return 0
+
+    guarded(work)
+
+
+@app.command()
+def status(home: HomeOption = None) -> None:
+    """The servers, the last runs, and the champions."""
+    from flows.history import status as show
+
+    def work(screen: Screen) -> int:
+        screen.console.print(show(Home.find(home)), highlight=False)
+        return 0
+
+    guarded(work)
+
+
+@app.command()
+def report(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Default: the last.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The figures of a run and the path of its HTML report."""
+    from flows.history import find_run
+    from flows.tables import outcome
+
+    def work(screen: Screen) -> int:
+        record = find_run(Home.find(home), run)
+        screen.console.print(outcome(record), highlight=False)
+        if as_json:
+            print(record.model_dump_json())
+        return 0
+
+    guarded(work, as_json)
+
+
+@app.command()
+def compare(name: NameArgument, home: HomeOption = None) -> None:
+    """The versions of a registered model side by side."""
+    from flows.tables import versions_table
+    from tasks.register.registry import versions
+
+    def work(screen: Screen) -> int:
+        place = Home.find(home)
+        screen.console.print(versions_table(name, versions(place.root, name)))
+        return 0
+
+    guarded(work)
+
+
+@app.command()
+def promote(
+    name: NameArgument,
+    version: Annotated[str, typer.Argument(metavar="VERSION")],
+    why: WhyOption = "promoted by hand",
+    home: HomeOption = None,
+) -> None:
+    """Make a version the champion."""
+    from tasks.register.promote import promote as promote_version
+
+    def work(screen: Screen) -> int:
+        place = Home.find(home)
+        place.open()
+        promotion = promote_version(place.root, name, version, why, gate={})
+        word = "is now" if promotion.entry else "was already"
+        screen.console.print(f"{name} version {version} {word} the champion", highlight=False)
+        return 0
+
+    guarded(work)
+
+
+@app.command()
+def rollback(name: NameArgument, why: WhyOption = "rollback", home: HomeOption = None) -> None:
+    """Give `champion` back to the version before the present one."""
+    from tasks.register.promote import rollback as roll_back
+
+    def work(screen: Screen) -> int:
+        place = Home.find(home)
+        place.open()
+        entry = roll_back(place.root, name, why)
+        screen.console.print(
+            f"{name}: champion went from version {entry.from_version} to {entry.to_version}",
+            highlight=False,
+        )
+        return 0
+
+    guarded(work)
+
+
+@app.command()
+def up(home: HomeOption = None) -> None:
+    """Start one Prefect server and the MLflow UI, to stay until `peftflow down`."""
+    from flows.servers import up as start
+
+    def work(screen: Screen) -> int:
+        place = Home.find(home)
+        place.open()
+        with screen.waiting("starting Prefect and MLflow"):
+            servers = start(place)
+        for server in servers:
+            screen.console.print(f"{server.name:<8} {server.url}", highlight=False)
+        prefect = next(server for server in servers if server.name == "prefect")
+        screen.console.print(
+            f"\nFor `prefect deploy` and a worker (docs/runbook.md):\n"
+            f"  export PREFECT_API_URL={prefect.api} PEFTFLOW_HOME={place.root}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return 0
+
+    guarded(work)
+
+
+@app.command()
+def down(home: HomeOption = None) -> None:
+    """Stop what `up` started."""
+    from flows.servers import down as stop
+
+    def work(screen: Screen) -> int:
+        stopped = stop(Home.find(home))
+        screen.console.print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was up")
+        return 0
+
+    guarded(work)
+
+
+@app.command()
+def doctor(home: HomeOption = None) -> None:
+    """What is wrong with this machine. Exits with 1 where something is broken."""
+    from flows.doctor import examine
+    from flows.tables import findings_table
+
+    def work(screen: Screen) -> int:
+        with screen.waiting("looking"):
+            findings = examine(Home.find(home))
+        screen.console.print(findings_table(findings))
+        return int(any(finding.verdict == "broken" for finding in findings))
+
+    guarded(work)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a recipe, for editors."""
+    from schemas.load import recipe_json_schema
+
+    print(json.dumps(recipe_json_schema(), indent=2))
+
+
+def guarded(work: Callable[[Screen], int], as_json: bool = False) -> None:
+    """Run a command and exit: with its own code, or 1 failed, 2 wrong input, 130 interrupted.
+
+    as_json: standard output is kept for one JSON object; people read standard error.
+    """
+    screen = Screen(Console(stderr=as_json))
     try:
-        code = work()
+        code = work(screen)
     except (UserError, StageError) as error:
         code = 2 if isinstance(error, UserError) else 1
         screen.error(error)

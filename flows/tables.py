@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from flows.doctor import Finding
+from flows.plan import Found
 from flows.records import RunRecord, Subject
+from flows.screen import seconds
 from schemas.report import TASK_METRICS, GateVerdict
+from tasks.register.registry import VersionRecord
 
 Get = Callable[[Subject], float | None]
 
@@ -28,7 +32,7 @@ class Line:
     less: bool | None
 
 
-def figure(name: str, scale: float = 1.0) -> Get:
+def reader(name: str, scale: float = 1.0) -> Get:
     """Reads a flat figure (`CriteriaReport.figures`)."""
 
     def get(subject: Subject) -> float | None:
@@ -41,31 +45,31 @@ def figure(name: str, scale: float = 1.0) -> Get:
 def lines_of(subjects: list[Subject]) -> list[Line]:
     """The figures that at least one subject has, by criterion."""
     fixed = [
-        Line("storage", "shipped MiB", figure("shipped_bytes", 2**-20), ",.2f", True),
-        Line("", "trained parameters", figure("trainable_parameters"), ",.0f", True),
-        Line("", "of the base, %", figure("trainable_share", 100), ".2f", True),
-        Line("memory", "training peak MiB", figure("train_peak_mib"), ",.0f", True),
-        Line("", "generating peak MiB", figure("generate_peak_mib"), ",.0f", True),
+        Line("storage", "shipped MiB", reader("shipped_bytes", 2**-20), ",.2f", True),
+        Line("", "trained parameters", reader("trainable_parameters"), ",.0f", True),
+        Line("", "of the base, %", reader("trainable_share", 100), ".2f", True),
+        Line("memory", "training peak MiB", reader("train_peak_mib"), ",.0f", True),
+        Line("", "generating peak MiB", reader("generate_peak_mib"), ",.0f", True),
         Line(
             "computation",
             "forward MFLOP/token",
-            figure("forward_flops_per_token", 1e-6),
+            reader("forward_flops_per_token", 1e-6),
             ",.2f",
             True,
         ),
-        Line("", "backward MFLOP/token", figure("backward_flops_per_token", 1e-6), ",.2f", True),
-        Line("", "FLOPs, of full tuning's", figure("flops_ratio_to_full"), ".2f", True),
-        Line("", "step time, s", figure("step_time_s"), ".3f", True),
-        Line("", "training tokens/s", figure("train_tokens_per_s"), ",.0f", False),
+        Line("", "backward MFLOP/token", reader("backward_flops_per_token", 1e-6), ",.2f", True),
+        Line("", "FLOPs, of full tuning's", reader("flops_ratio_to_full"), ".2f", True),
+        Line("", "step time, s", reader("step_time_s"), ".3f", True),
+        Line("", "training tokens/s", reader("train_tokens_per_s"), ",.0f", False),
     ]
     metrics = list(dict.fromkeys(name for s in subjects for name in s.accuracy["metrics"]))
     accuracy = [
-        Line("", name, figure(name), ".4f" if name != "perplexity" else ".3f", name in LESS)
+        Line("", name, reader(name), ".4f" if name != "perplexity" else ".3f", name in LESS)
         for name in metrics
     ]
-    accuracy.append(Line("", "retention loss, change", figure("retention_change"), "+.3f", True))
+    accuracy.append(Line("", "retention loss, change", reader("retention_change"), "+.3f", True))
     ratios = [
-        Line("", words(name), figure(name), ".2f", True)
+        Line("", words(name), reader(name), ".2f", True)
         for name in dict.fromkeys(name for s in subjects for name in s.figures)
         if name.startswith(("prefill_ratio", "token_ratio"))
     ]
@@ -146,3 +150,52 @@ def outcome(record: RunRecord) -> RenderableType:
     facts.add_row("loads as trained", f"logits differ by {difference}")
     facts.add_row("report", record.report or "")
     return Group("", criteria_table(record), "", facts)
+
+
+def last_line(record: RunRecord) -> str:
+    """The last words of a run."""
+    if record.all_cached:
+        return f"\nEverything is already done: {len(record.stages)} stages found, nothing to make."
+    made = sum(not line.cached for line in record.stages)
+    word = "[yellow]Refused by the gate[/]" if record.state == "refused" else "[green]Done[/]"
+    return f"\n{word}: run {record.run_id}, {made} of {len(record.stages)} stages made."
+
+
+def plan_table(steps: list[Found], later: list[str]) -> Table:
+    """What is in the store, what would be made, and what depends on the selection."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "", "took", "key"):
+        table.add_column(column, justify="right" if column == "took" else "left")
+    for found in steps:
+        state = "[dim]cached[/]" if found.cached else "[yellow]to make[/]"
+        took = "" if found.seconds is None else seconds(found.seconds)
+        table.add_row(found.step.title, state, took, found.key[:12])
+    for title in later:
+        table.add_row(title, "after the selection", "", "")
+    return table
+
+
+def versions_table(name: str, versions: list[VersionRecord]) -> Table:
+    """The versions of a registered model side by side, newest first."""
+    table = Table(title=name, title_justify="left", box=None, pad_edge=False)
+    table.add_column("figure", style="cyan")
+    for version in versions:
+        aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
+        table.add_column(f"{version.version}{aliases}", justify="right")
+    table.add_row("created", *(version.created for version in versions))
+    table.add_row("loads as trained", *("yes" if v.verified else "[red]no[/]" for v in versions))
+    for figure in dict.fromkeys(figure for version in versions for figure in version.figures):
+        values = (version.figures.get(figure) for version in versions)
+        table.add_row(figure, *("–" if value is None else f"{value:,.4g}" for value in values))
+    return table
+
+
+def findings_table(findings: list[Finding]) -> Table:
+    """What `doctor` found."""
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "broken": "[red]broken[/]"}
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "what", "found", "fix"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(marks[finding.verdict], finding.what, finding.found, finding.fix)
+    return table
