@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,11 @@ CHALLENGER, CHAMPION = "challenger", "champion"
 
 @dataclass(frozen=True)
 class VersionRecord:
-    """One version of a registered model. verified: it was reloaded and gave the same logits."""
+    """One version of a registered model.
+
+    verified: it was reloaded and gave the same logits. figures: `CriteriaReport.figures()` as
+    MLflow's metrics hold them. created: UTC, ISO 8601.
+    """
 
     name: str
     version: str
@@ -37,7 +42,8 @@ class VersionRecord:
     aliases: list[str]
     verified: bool
     tags: dict[str, str]
-    created_ms: int
+    figures: dict[str, float]
+    created: str
 
     @property
     def uri(self) -> str:
@@ -196,14 +202,17 @@ def find_version(client: MlflowClient, name: str, key: str) -> VersionRecord | N
 def record_of(client: MlflowClient, version: Any) -> VersionRecord:
     """A version as ours: over SQL MLflow gives its number as an int, over REST as a str."""
     whole = client.get_model_version(version.name, str(version.version))
+    run = client.get_run(whole.run_id) if whole.run_id else None
+    created = datetime.fromtimestamp(whole.creation_timestamp / 1000, UTC)
     return VersionRecord(
         name=whole.name,
         version=str(whole.version),
-        run_id=str(whole.run_id),
+        run_id=whole.run_id or "",
         aliases=sorted(whole.aliases),
         verified=whole.tags.get(VERIFIED) == "true",
         tags=dict(whole.tags),
-        created_ms=int(whole.creation_timestamp),
+        figures=dict(run.data.metrics) if run else {},
+        created=created.isoformat(timespec="seconds"),
     )
 
 
