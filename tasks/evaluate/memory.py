@@ -3,8 +3,8 @@
 `python -m tasks.evaluate.memory JSON` is that process: one loads the subject, another the base,
 and both do the same fixed work. On a GPU the figure is the allocator's peak. On a CPU it is the
 kernel's peak resident set (VmHWM) minus the floor: what was resident before the weights were
-loaded, with every module imported, the model class built once without storage, and the thread
-pool started, so that code is in the floor and weights, cache and activations are not.
+loaded, with every module imported and a toy model loaded and run once, so that code and thread
+pools are in the floor and weights, cache and activations are not.
 """
 
 from __future__ import annotations
@@ -13,22 +13,30 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import BertConfig, LlamaConfig
 
 from schemas.errors import StageError
 from schemas.report import Memory
 from schemas.stages import EvaluateSpec
 from tasks.core import runtime
-from tasks.core.models import MODEL_CLASSES, load_config
+from tasks.core.models import MODEL_CLASSES, load_base, load_config
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
 from tasks.evaluate.batches import by_length, pad_id_of, right_padded, run_on
 from tasks.evaluate.generate import generate_batch
 from tasks.evaluate.subject import read_subject
+
+#: Two probes run beside the caller: few threads each, or all three wait for one another.
+PROBE_THREADS = max(1, torch.get_num_threads() // 4)
+
+CONFIGS = {"causal-lm": LlamaConfig, "sequence-classification": BertConfig}
 
 
 @dataclass(frozen=True)
@@ -100,34 +108,58 @@ def peak_of_call(spec: EvaluateSpec, paths: dict[str, Path]) -> float:
     """Load the subject in this process, do the fixed work, and return its peak, MiB."""
     subject = read_subject(spec, paths)
     rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
-    device = runtime.device()
-    settle(subject.whole_dir, spec)
+    settle(subject.whole_dir, spec, rows)
     runtime.peak_reset()
     floor = 0.0 if torch.cuda.is_available() else runtime.resident_mib()
-    model = subject.load().to(device)
-    if spec.task == "causal-lm":
-        new = spec.evaluate.max_new_tokens
-        length = workload.prompt_length(model, spec.evaluate.prompt_tokens, new)
-        block = workload.prompts(rows, max(spec.evaluate.batch_sizes), length)
-        with torch.inference_mode():
-            generate_batch(model, block, frozenset(), new)
-    else:
-        groups = by_length(rows.lengths)
-        largest = max(groups, key=lambda group: len(group) * rows.lengths[group[0]])
-        batch = right_padded([rows.row(index) for index in largest], pad_id_of(model))
-        with torch.inference_mode():
-            run_on(model, batch)
+    work(subject.load().to(runtime.device()), spec, rows)
     return runtime.peak_mib() - floor
 
 
-def settle(model_dir: Path, spec: EvaluateSpec) -> None:
-    """Bring in all code that loading and running will need, and none of the weights."""
+@torch.inference_mode()
+def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows) -> None:
+    """What every subject does: generate at the largest batch size, or classify one batch."""
+    if spec.task == "causal-lm":
+        new = spec.evaluate.max_new_tokens
+        length = workload.prompt_length(model, spec.evaluate.prompt_tokens, new)
+        prompts = workload.prompts(rows, max(spec.evaluate.batch_sizes), length)
+        generate_batch(model, prompts, frozenset(), new)
+        return
+    groups = by_length(rows.lengths)
+    largest = max(groups, key=lambda group: len(group) * rows.lengths[group[0]])
+    run_on(model, right_padded([rows.row(index) for index in largest], pad_id_of(model)))
+
+
+def settle(model_dir: Path, spec: EvaluateSpec, rows: TokenRows) -> None:
+    """Let loading and running claim what they keep for good, without the subject's weights.
+
+    Its modules are imported by building its class on no device; a toy of the same task is
+    loaded and run, which starts thread pools and fills the libraries' own caches (10 to 20 MiB).
+    """
     import peft  # noqa: F401  (loading an adapter imports it)
 
     with torch.device("meta"):
         MODEL_CLASSES[spec.task].from_config(load_config(model_dir))
-    square = torch.ones(256, 256, dtype=runtime.TORCH_DTYPES[spec.dtype])
-    torch.mm(square, square)
+    with tempfile.TemporaryDirectory() as directory:
+        toy(spec.task, max(1024, int(rows.lengths.max()))).save_pretrained(directory)
+        work(load_base(Path(directory), spec.task, None, spec.dtype), spec, one_token(rows))
+
+
+def toy(task: str, positions: int) -> Any:
+    """A model of the task that weighs next to nothing."""
+    config = CONFIGS[task](
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+    )
+    return MODEL_CLASSES[task].from_config(config)
+
+
+def one_token(rows: TokenRows) -> TokenRows:
+    """The same rows of the same lengths in a vocabulary of one: ids that a toy knows."""
+    return replace(rows, input_ids=np.zeros_like(rows.input_ids))
 
 
 def _spawn(spec: EvaluateSpec, paths: dict[str, Path]) -> subprocess.Popen[str]:
@@ -142,7 +174,8 @@ def _spawn(spec: EvaluateSpec, paths: dict[str, Path]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": search, "PEFTFLOW_EVENTS": "0"},
+        env=os.environ
+        | {"PYTHONPATH": search, "PEFTFLOW_EVENTS": "0", "OMP_NUM_THREADS": str(PROBE_THREADS)},
     )
 
 
