@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from schemas.report import CriteriaReport, Example
-from tasks.report.inputs import BASE, FINISHED, Inputs
-from tasks.report.view import subject_title
+from tasks.report.inputs import BASE, FINISHED, TITLES, Inputs
 
 #: Shown of each kind and subject: enough to see a pattern, few enough to read.
 SHOWN = 6
@@ -56,7 +55,7 @@ def answers(inputs: Inputs, selected: str) -> list[Answers]:
         known = base if name != BASE else {}
         wrong, right = (_cards(report, flag, known) for flag in (False, True))
         if wrong or right:
-            made.append(Answers(subject_title(name), name == first, wrong, right))
+            made.append(Answers(TITLES.get(name, name), name == first, wrong, right))
     return made
 
 

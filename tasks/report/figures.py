@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from schemas.report import Interval
+
 Better = Literal["higher", "lower"]
 
 #: Criterion: its title, in the order of the page. The goal comes first.
@@ -28,7 +30,8 @@ MS: Ladder = ((1, "ms"),)
 MIB: Ladder = ((1, "MiB"),)
 MIB_OF_BYTES: Ladder = ((2**20, "MiB"),)
 PERCENT: Ladder = ((0.01, "%"),)
-RATIO: Ladder = ((1, "×"),)
+OF_FULL: Ladder = ((1, "× full"),)
+OF_BASE: Ladder = ((1, "× base"),)
 NATS: Ladder = ((1, "nats"),)
 RATE: Ladder = ((1, "tokens/s"),)
 PLAIN: Ladder = ((1, ""),)
@@ -51,22 +54,22 @@ _KNOWN = [
     Figure("macro_f1", "accuracy", "Macro F1", PERCENT, "higher", 1),
     Figure("exact_match", "accuracy", "Exact match", PERCENT, "higher", 1),
     Figure("field_f1", "accuracy", "JSON field F1", PERCENT, "higher", 1),
-    Figure("perplexity", "accuracy", "Perplexity", PLAIN, "lower"),
+    Figure("perplexity", "accuracy", "Perplexity", PLAIN, "lower", 2),
     Figure("loss", "accuracy", "Held-out loss", NATS, "lower", 3),
     Figure("retention_loss", "accuracy", "Loss on general text", NATS, "lower", 3),
-    Figure("retention_change", "accuracy", "Forgetting: that loss, less the base’s", NATS, "lower", 3),
+    Figure("retention_change", "accuracy", "Forgetting, against the base", NATS, "lower", 3),
     Figure("shipped_bytes", "storage", "Shipped for this task", MIB_OF_BYTES, "lower"),
     Figure("adapter_mib", "storage", "Shipped for this task", MIB, "lower"),
     Figure("trainable_parameters", "storage", "Trained parameters", COUNT, "lower"),
     Figure("trainable_share", "storage", "Trained share of the base", PERCENT, "lower"),
     Figure("train_peak_mib", "memory", "Peak, training", MIB, "lower"),
     Figure("generate_peak_mib", "memory", "Peak, answering", MIB, "lower"),
-    Figure("base_generate_peak_mib", "memory", "Peak, the base answering", MIB, None),
+    Figure("base_generate_peak_mib", "memory", "The base’s peak, answering", MIB, None),
     Figure("forward_flops_per_token", "computation", "Forward, a token", FLOP, "lower"),
     Figure("backward_flops_per_token", "computation", "Backward, a token", FLOP, "lower"),
-    Figure("flops_ratio_to_full", "computation", "Both, to full fine-tuning", RATIO, "lower", 2),
+    Figure("flops_ratio_to_full", "computation", "Forward and backward", OF_FULL, "lower", 2),
     Figure("step_time_s", "computation", "Optimiser step", SECONDS, "lower"),
-    Figure("step_time_ratio_to_full", "computation", "Step, to full fine-tuning", RATIO, "lower", 2),
+    Figure("step_time_ratio_to_full", "computation", "Optimiser step", OF_FULL, "lower", 2),
     Figure("train_tokens_per_s", "computation", "Training rate", RATE, "higher"),
 ]
 KNOWN = {figure.name: figure for figure in _KNOWN}
@@ -85,7 +88,7 @@ def figure(name: str) -> Figure:
     phase = "Prefill" if match[1] == "prefill" else "Per token"
     where = f"batch {match[3]}" + (", merged" if match[4] else "")
     if match[2] == "ratio":
-        return Figure(name, "overhead", f"{phase} to the base, {where}", RATIO, "lower", 2)
+        return Figure(name, "overhead", f"{phase}, {where}", OF_BASE, "lower", 2)
     return Figure(name, "overhead", f"{phase}, {where}", MS, "lower")
 
 
@@ -108,6 +111,8 @@ class Scale:
     def text(self, value: float) -> str:
         if not math.isfinite(value):
             return "not finite"
+        if value == 0:
+            return "0"
         rounded = f"{value / self.factor:,.{self.decimals}f}"
         return rounded.replace("-", "−") if float(rounded.replace(",", "")) else rounded.strip("-")
 
@@ -124,6 +129,16 @@ def scale(figure: Figure, values: Sequence[float]) -> Scale:
     before = _exponent(largest / factor) + 1
     wanted = max(3 - before, 1 - _exponent(smallest / factor), 0)
     return Scale(factor, unit, min(wanted, max(6 - before, 0)))
+
+
+def in_words(name: str, value: float, interval: Interval | None = None) -> str:
+    """A figure with its unit, e.g. `92.6 % (95 % interval 91.6 to 93.5)`."""
+    written = scale(figure(name), [value])
+    words = written.text(value) + (f"\u00a0{written.unit}" if written.unit else "")
+    if interval is None:
+        return words
+    low, high = written.text(interval.low), written.text(interval.high)
+    return f"{words} (95\u00a0% interval {low} to {high})"
 
 
 def _exponent(value: float) -> int:

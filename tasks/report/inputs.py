@@ -16,6 +16,9 @@ from tasks.core.store import MANIFEST, read_manifest
 BASE = "base"
 FINISHED = "finished"
 
+#: How the page names the subjects that are no candidates.
+TITLES = {BASE: "base", FINISHED: "finished"}
+
 CURVE = TypeAdapter(list[CurvePoint])
 
 

@@ -5,7 +5,8 @@
   const config = {
     displaylogo: false,
     responsive: true,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    showSendToCloud: false, // plotly.js offers to upload the figures unless told not to
+    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
   };
   try {
     const packed = Uint8Array.from(
@@ -37,6 +38,12 @@
         "xaxis.autorange": true,
         "yaxis.autorange": true,
       });
+    });
+  }
+
+  for (const choice of document.querySelectorAll("input[name=scale]")) {
+    choice.addEventListener("change", () => {
+      Plotly.relayout("plot-loss", { "yaxis.type": choice.value, "yaxis.autorange": true });
     });
   }
 

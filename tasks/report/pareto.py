@@ -6,9 +6,16 @@ from collections.abc import Sequence
 
 Point = tuple[float, float]
 
-#: Where a label may stand, best first: (plotly's name, shift right and up in label sizes).
-LEFT_HALF = (("middle right", 0.62, 0.0), ("top right", 0.5, 0.9), ("bottom right", 0.5, -0.9))
-RIGHT_HALF = (("middle left", -0.62, 0.0), ("top left", -0.5, 0.9), ("bottom left", -0.5, -0.9))
+#: Where a label may stand, best first: plotly's name; shift in label widths, in line heights.
+#: A front runs from its points to the right and from there up, so these places keep off it.
+LEFT_HALF = (("top right", 0.5, 1.0), ("bottom right", 0.5, -1.0), ("middle right", 0.6, 0.0))
+RIGHT_HALF = (("middle left", -0.6, 0.0), ("top left", -0.5, 1.0), ("bottom left", -0.5, -1.0))
+
+#: A letter and a line, as shares of a plot of about 330 by 230 pixels.
+LETTER, LINE = 0.021, 0.07
+
+#: Half the size of a marker, as a share.
+MARKER = 0.02
 
 
 def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[int]:
@@ -26,26 +33,37 @@ def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[int
     return front
 
 
+def joined_labels(points: Sequence[Point], labels: Sequence[str]) -> list[str]:
+    """Labels with those of points in one place joined at the first of them, and "" at the rest."""
+    joined = list(labels)
+    for i, point in enumerate(points):
+        for j in range(i):
+            if joined[j] and max(abs(point[0] - points[j][0]), abs(point[1] - points[j][1])) < 0.01:
+                joined[j], joined[i] = f"{joined[j]}, {joined[i]}", ""
+                break
+    return joined
+
+
 def label_positions(points: Sequence[Point], labels: Sequence[str]) -> list[str]:
     """Plotly's `textposition` of each label, so that labels keep off each other if they can.
 
-    Points are in shares of the plot, 0 to 1. A letter is taken as 1/50 of its width and a line
-    as 1/16 of its height: a plot of about 340 by 260 pixels.
+    points: in shares of the plot, 0 to 1.
     """
-    taken: list[tuple[float, float, float]] = [(x, y, 0.02) for x, y in points]
+    markers = [(x, y, MARKER) for x, y in points]
+    taken: list[tuple[float, float, float]] = []
     chosen = []
-    for (x, y), label in zip(points, labels, strict=True):
-        width = 0.02 * len(label) + 0.02
+    for i, ((x, y), label) in enumerate(zip(points, labels, strict=True)):
+        width = LETTER * len(label) + MARKER
         places = LEFT_HALF if x <= 0.5 else RIGHT_HALF
-        boxes = [(x + right * width, y + up * 0.065, width / 2) for _, right, up in places]
-        own = (x, y, 0.02)
-        others = [box for box in taken if box != own]
-        free = [i for i, box in enumerate(boxes) if not any(_cover(box, other) for other in others)]
+        boxes = [(x + right * width, y + up * LINE, width / 2) for _, right, up in places]
+        others = [*taken, *markers[:i], *markers[i + 1 :]]
+        free = [n for n, box in enumerate(boxes) if not any(_cover(box, one) for one in others)]
         best = free[0] if free else 0
         chosen.append(places[best][0])
-        taken.append(boxes[best])
+        if label:
+            taken.append(boxes[best])
     return chosen
 
 
 def _cover(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
-    return abs(one[0] - other[0]) < one[2] + other[2] and abs(one[1] - other[1]) < 0.06
+    return abs(one[0] - other[0]) < one[2] + other[2] and abs(one[1] - other[1]) < 0.9 * LINE

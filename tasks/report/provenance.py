@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from schemas.manifest import Manifest, Provenance
 
 #: An absolute path (POSIX, home or Windows) in a recipe: its directories, and its last part.
-ABSOLUTE = re.compile(r"""(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s"'#,\]}]*[/\\])?([^\s"'#,\]}/\\]+)[/\\]?""")
+ABSOLUTE = re.compile(
+    r"""(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s"'#,\]}]*[/\\])?([^\s"'#,\]}/\\]+)[/\\]?"""
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,6 @@ class EntryRow:
     started: str
     seconds: str
     mib: str
-    outside: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,36 @@ def entry_rows(manifests: dict[str, Manifest]) -> list[EntryRow]:
             name=name,
             key=manifest.key,
             format=manifest.format,
-            started=manifest.provenance.started,
+            started=manifest.provenance.started.removesuffix("+00:00").replace("T", " "),
             seconds=f"{manifest.provenance.seconds:,.1f}",
             mib=f"{sum(file.bytes for file in manifest.files.values()) / 2**20:,.2f}",
-            outside=sorted(manifest.outside.items()),
         )
         for name, manifest in manifests.items()
     ]
 
 
 def facts(manifests: dict[str, Manifest]) -> list[Fact]:
-    """Machine, commit, Python and libraries, said once where every entry agrees."""
+    """Content hashes, machine, commit and libraries, said once where every entry agrees."""
     records = {name: manifest.provenance for name, manifest in manifests.items()}
     libraries = sorted({library for record in records.values() for library in record.libraries})
-    made = [
+    outside = sorted({name for manifest in manifests.values() for name in manifest.outside})
+    made = []
+    for name in outside:
+        having = {entry: one.outside for entry, one in manifests.items() if name in one.outside}
+        hashes = {entry: hashes[name] for entry, hashes in having.items()}
+        made.append(_fact(f"SHA-256 of {name}", hashes))
+    made += [
         _fact("machine", {name: record.machine for name, record in records.items()}),
         _fact("git commit", {name: _commit(record) for name, record in records.items()}),
         _fact("Python", {name: record.python for name, record in records.items()}),
     ]
     for library in libraries:
-        having = {name: record for name, record in records.items() if library in record.libraries}
-        made.append(_fact(library, {name: record.libraries[library] for name, record in having.items()}))
+        versions = {
+            name: record.libraries[library]
+            for name, record in records.items()
+            if library in record.libraries
+        }
+        made.append(_fact(library, versions))
     return made
 
 
@@ -71,7 +81,9 @@ def _fact(title: str, values: dict[str, str]) -> Fact:
     for name, value in values.items():
         entries.setdefault(value, []).append(name)
     alike = len(entries) == 1
-    return Fact(title, [(value, "" if alike else ", ".join(names)) for value, names in entries.items()])
+    return Fact(
+        title, [(value, "" if alike else ", ".join(names)) for value, names in entries.items()]
+    )
 
 
 def without_directories(recipe_yaml: str) -> str:

@@ -1,4 +1,4 @@
-"""One HTML file that holds everything: it reads offline, prints, and asks no network for anything."""
+"""One HTML file that holds everything: it reads offline, prints, and asks for nothing else."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from plotly.offline import get_plotlyjs
 
 from schemas.stages import PageSpec
 from tasks.core.files import write_atomic
-from tasks.report import data_view, examples, plots, provenance, view
-from tasks.report.inputs import Inputs, read_inputs
+from tasks.report import criteria, data_view, examples, overhead, provenance, summary
+from tasks.report.curves import loss_plot
+from tasks.report.inputs import TITLES, Inputs, read_inputs
+from tasks.report.lengths import length_plots
+from tasks.report.trade_offs import trade_offs
 
 HERE = Path(__file__).parent
 PAGE = "report.html"
@@ -37,9 +40,9 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    pareto = plots.pareto_plots(spec, inputs)
-    loss = plots.loss_plot(spec, inputs)
-    lengths = plots.length_plots(inputs.data)
+    pareto = trade_offs(spec, inputs)
+    loss = loss_plot(spec, inputs)
+    lengths = length_plots(inputs.data)
     drawn = [*pareto, *([loss] if loss else []), *lengths]
     script = (HERE / "page.js").read_text()
     plotly_js = get_plotlyjs()
@@ -50,13 +53,13 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         script=Markup(script),
         plotly=Markup(packed(plotly_js)),
         script_hashes=f"{csp_hash(script)} {csp_hash(plotly_js)}",
-        verdict=view.verdict(spec, inputs),
-        tiles=view.tiles(spec, inputs),
-        subjects=[view.subject_title(name) for name in inputs.reports],
-        criteria=view.criteria_table(inputs, spec.labels),
-        how=view.measured_how(inputs),
+        verdict=summary.verdict(spec, inputs),
+        tiles=summary.tiles(spec, inputs),
+        subjects=[TITLES.get(name, name) for name in inputs.reports],
+        criteria=criteria.criteria_table(inputs, spec.labels),
+        how=criteria.measured_how(inputs),
         device=sorted({f"{report.device}, {report.dtype}" for report in inputs.reports.values()}),
-        latency=view.latency_table(inputs),
+        latency=overhead.latency_table(inputs),
         answers=examples.answers(inputs, spec.selected),
         splits=data_view.split_rows(inputs.data),
         reasons=data_view.reason_rows(inputs.data),

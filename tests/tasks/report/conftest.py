@@ -36,7 +36,9 @@ from schemas.stages import PageSpec
 from tasks.report.inputs import Inputs, read_inputs
 
 #: What a row may hold. If any of it ran or was parsed as markup, the tests would see it.
-HOSTILE = "</pre><script>document.documentElement.dataset.owned=1</script><img src=x onerror=alert(1)>"
+HOSTILE = (
+    "</pre><script>document.documentElement.dataset.owned=1</script><img src=x onerror=alert(1)>"
+)
 
 RECIPE = """\
 name: orders-intent
@@ -165,13 +167,27 @@ def reports() -> dict[str, CriteriaReport]:
         "lora-r4": ("candidate", "lora", 226_400, 112_750, 109.3, 0.149, 0.902, 0.131, 0.05, 1.18),
         "finished": ("finished", "lora", 7_461_088, 451_000, None, None, 0.948, 0.066, 0.12, 1.0),
     }
-    names = "subject method shipped trained train_mib step_s exact loss retention overhead".split()
-    return {key: criteria(**dict(zip(names, row, strict=True))) for key, row in rows.items()}
+    figures = (
+        "shipped",
+        "trained",
+        "train_mib",
+        "step_s",
+        "exact",
+        "loss",
+        "retention",
+        "overhead",
+    )
+    return {
+        key: criteria(subject, method, **dict(zip(figures, row, strict=True)))
+        for key, (subject, method, *row) in rows.items()
+    }
 
 
 def curve(label: str, steps: int = 240) -> list[CurvePoint]:
     """A falling loss with a wave on it, so that smoothing has something to do."""
-    floor, seconds = {"full": (0.05, 0.21), "lora-r16": (0.06, 0.16), "lora-r4": (0.12, 0.15)}[label]
+    floor, seconds = {"full": (0.05, 0.21), "lora-r16": (0.06, 0.16), "lora-r4": (0.12, 0.15)}[
+        label
+    ]
     return [
         CurvePoint(
             step=step,
@@ -206,7 +222,9 @@ def data_report() -> DataReport:
         template="chat",
         max_length=256,
         splits={
-            "train": split("train", 2041, {"duplicate_of": 61, "empty_answer": 22, "wrong_type": 9}),
+            "train": split(
+                "train", 2041, {"duplicate_of": 61, "empty_answer": 22, "wrong_type": 9}
+            ),
             "test": split("test", 400, {"duplicate_of": 3}),
             "retention": split("retention", 200, {}),
         },
@@ -227,8 +245,12 @@ def write_entries(root: Path) -> dict[str, Path]:
             "file": ["train.jsonl"] * 3 + ["test.jsonl"],
             "line": [7, 31, 32, 1204],
             "raw": [f'{{"prompt": "{HOSTILE}"}}', '{"prompt": 3}', '{"prompt": 4}', "ümläut 🙂"],
-            "reasons": [["empty_answer"], ["wrong_type:prompt"], ["wrong_type:prompt"],
-                        ["duplicate_of:88", "too_long:912"]],
+            "reasons": [
+                ["empty_answer"],
+                ["wrong_type:prompt"],
+                ["wrong_type:prompt"],
+                ["duplicate_of:88", "too_long:912"],
+            ],
         },
         schema_overrides={"line": pl.Int64},
     ).write_parquet(paths["prepared"] / "quarantine.parquet")
@@ -353,10 +375,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def started(root: Browser, chromium: str, profile: Path) -> Browser:
     options = {
         "binary": chromium,
-        "args": ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-                 "--disable-background-networking", f"--user-data-dir={profile}",
-                 "--disable-dev-shm-usage", "--window-size=1400,1000",
-                 "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
+        "args": [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            f"--user-data-dir={profile}",
+            "--disable-dev-shm-usage",
+            "--window-size=1400,1000",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        ],
     }
     wanted = {
         "goog:chromeOptions": options,

@@ -1,0 +1,79 @@
+"""Inference overhead: the latencies of every subject, and the one ratio that stands for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from schemas.report import Latency
+from tasks.report.figures import LATENCY, MS, OF_BASE, Figure, Scale, page_order, scale
+from tasks.report.inputs import TITLES, Inputs
+
+
+@dataclass(frozen=True)
+class LatencyCell:
+    """name: the flat name of the figure, where it has one."""
+
+    text: str
+    value: float
+    name: str | None
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """cells: p50, p95 and ratio to the base of prefill, then of each token, if any is decoded."""
+
+    batch_size: int
+    merged: str
+    cells: list[LatencyCell]
+
+
+@dataclass(frozen=True)
+class LatencyGroup:
+    subject: str
+    rows: list[LatencyRow]
+
+
+def latency_table(inputs: Inputs) -> list[LatencyGroup]:
+    """The latencies of each subject by batch size, unmerged before merged."""
+    every = [row for report in inputs.reports.values() for row in report.inference_overhead]
+    times = [time for row in every for time in (row.prefill_p50_ms, row.token_p50_ms) if time]
+    ms = scale(Figure("", "overhead", "", MS, None), times)
+    groups = []
+    for name, report in inputs.reports.items():
+        ordered = sorted(report.inference_overhead, key=lambda row: (row.batch_size, row.merged))
+        rows = [
+            LatencyRow(row.batch_size, "yes" if row.merged else "no", _cells(row, ms))
+            for row in ordered
+        ]
+        if rows:
+            groups.append(LatencyGroup(TITLES.get(name, name), rows))
+    return groups
+
+
+def _cells(row: Latency, ms: Scale) -> list[LatencyCell]:
+    tag = f"b{row.batch_size}" + ("_merged" if row.merged else "")
+    ratio = Scale(1, OF_BASE[0][1], 2)
+    found = [
+        (row.prefill_p50_ms, ms, f"prefill_p50_ms_{tag}"),
+        (row.prefill_p95_ms, ms, None),
+        (row.prefill_ratio, ratio, f"prefill_ratio_{tag}"),
+        (row.token_p50_ms, ms, f"token_p50_ms_{tag}"),
+        (row.token_p95_ms, ms, None),
+        (row.token_ratio, ratio, f"token_ratio_{tag}"),
+    ]
+    return [
+        LatencyCell(written.text(value), value, name)
+        for value, written, name in found
+        if value is not None
+    ]
+
+
+def overhead_figure(inputs: Inputs) -> str:
+    """The ratio that stands for inference overhead: smallest batch, decoding where there is any.
+
+    Unmerged before merged; "" where no latency was measured.
+    """
+    names = {name for report in inputs.reports.values() for name in report.figures()}
+    matches = [match for match in map(LATENCY.fullmatch, names) if match and match[2] == "ratio"]
+    matches.sort(key=lambda match: (match[1] != "token", bool(match[4]), page_order(match[0])))
+    return matches[0][0] if matches else ""

@@ -1,0 +1,167 @@
+"""The parts of the page that compute: fronts, labels, scales, differences, curves, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.stages import PageSpec
+from tasks.report.criteria import criteria_table, marked
+from tasks.report.curves import CURVE_POINTS, running_mean, thinned
+from tasks.report.data_view import refused_rows
+from tasks.report.examples import LONGEST, clipped, differences
+from tasks.report.figures import figure, in_words, scale
+from tasks.report.inputs import Inputs
+from tasks.report.pareto import joined_labels, label_positions, pareto_front
+from tasks.report.provenance import without_directories
+from tasks.report.summary import quality_figure, verdict
+
+# Few distinct values, so that ties in one figure and in both are common.
+POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
+
+
+@given(POINTS, st.booleans())
+def test_pareto_front_is_that_of_the_definition(points: list[tuple[int, int]], high: bool) -> None:
+    sign = -1 if high else 1
+
+    def dominates(one: tuple[int, int], other: tuple[int, int]) -> bool:
+        left, right = (one[0], sign * one[1]), (other[0], sign * other[1])
+        return left != right and left[0] <= right[0] and left[1] <= right[1]
+
+    slow = {point for point in points if not any(dominates(one, point) for one in points)}
+    front = pareto_front(points, higher_is_better=high)
+    assert {points[i] for i in front} == slow
+    assert len(front) == len(slow)
+    assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
+
+
+def test_labels_of_one_place_are_joined_and_neighbours_keep_apart() -> None:
+    points = [(0.2, 0.5), (0.2, 0.5), (0.21, 0.47)]
+    labels = joined_labels(points, ["lora", "finished", "full"])
+    assert labels == ["lora, finished", "", "full"]
+    positions = label_positions(points, labels)
+    assert positions[0] != positions[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "texts", "unit"),
+    [
+        ("accuracy", [0.9264, 0.0131], ["92.6", "1.3"], "%"),
+        ("shipped_bytes", [7_461_088, 226_400, 0], ["7.12", "0.22", "0"], "MiB"),
+        ("trainable_parameters", [22_713_216, 1_327_104], ["22.7", "1.3"], "M"),
+        ("step_time_s", [0.212, 0.0087], ["212.0", "8.7"], "ms"),
+        ("step_time_s", [3.21, 0.9], ["3.21", "0.90"], "s"),
+        ("forward_flops_per_token", [7.4e9, 8.05e9], ["7.40", "8.05"], "GFLOP"),
+        ("retention_change", [-0.0123, 0.41], ["−0.012", "0.410"], "nats"),
+        ("retention_change", [-0.0001, 0.41], ["0.000", "0.410"], "nats"),
+        ("token_ratio_b8_merged", [1.0], ["1.00"], "× base"),
+        ("train_tokens_per_s", [27489.9, 19320.7], ["27,490", "19,321"], "tokens/s"),
+        ("loss", [float("nan"), 0.5], ["not finite", "0.500"], "nats"),
+    ],
+)
+def test_a_row_has_one_unit_and_one_precision(
+    name: str, values: list[float], texts: list[str], unit: str
+) -> None:
+    written = scale(figure(name), values)
+    assert written.unit == unit
+    assert [written.text(value) for value in values] == texts
+
+
+def test_best_and_worst_are_of_the_candidates_alone(spec: PageSpec, inputs: Inputs) -> None:
+    rows = {row.names: row for group in criteria_table(inputs, spec.labels) for row in group.rows}
+    marks = [cell.mark if cell else None for cell in rows["exact_match"].cells]
+    assert marks == [None, "best", None, "worst", None]
+    marks = [cell.mark if cell else None for cell in rows["shipped_bytes adapter_mib"].cells]
+    assert marks == [None, "worst", None, "best", None]
+    # No direction, no mark; nor where all candidates read the same.
+    assert not any(cell and cell.mark for cell in rows["base_generate_peak_mib"].cells)
+    assert not any(cell and cell.mark for cell in rows["generate_peak_mib"].cells)
+
+
+def test_what_reads_the_same_is_marked_the_same() -> None:
+    values = {"a": 0.9001, "b": 0.9002, "c": 0.8}
+    texts = {"a": "90.0", "b": "90.0", "c": "80.0"}
+    assert marked(figure("accuracy"), values, texts) == {"a": "best", "b": "best", "c": "worst"}
+
+
+def test_the_verdict_names_goal_interval_rows_and_base(spec: PageSpec, inputs: Inputs) -> None:
+    assert verdict(spec, inputs).replace("\u00a0", " ") == (
+        "is selected: exact match 94.8 % (95 % interval 92.6 to 97.0) on 400 held-out rows, "
+        "against 0 % for the untouched base."
+    )
+    small = spec.model_copy(update={"goal": "adapter_mib"})
+    assert quality_figure(small, inputs) == "exact_match"
+    assert "shipped for this task 0.861 MiB, and exact match" in verdict(small, inputs).replace(
+        "\u00a0", " "
+    )
+    assert in_words("perplexity", 5.125) == "5.12"
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_differences_lose_no_letter(expected: str, got: str) -> None:
+    left, right = differences(expected, got)
+    assert "".join(span.text for span in left) == expected
+    assert "".join(span.text for span in right) == got
+    common = ["".join(span.text for span in side if not span.differs) for side in (left, right)]
+    assert common[0] == common[1]
+    assert (expected == got) == (not any(span.differs for span in [*left, *right]))
+
+
+def test_differences_mark_the_value_that_is_wrong() -> None:
+    left, right = differences('{"id": "4411"}', '{"id": "4111"}')
+    assert [span.text for span in left if span.differs] == ["4411"]
+    assert [span.text for span in right if span.differs] == ["4111"]
+
+
+def test_long_texts_say_how_much_is_left_out() -> None:
+    assert clipped("x" * LONGEST) == "x" * LONGEST
+    assert clipped("x" * (LONGEST + 1500)).endswith("x … (1,500 more characters)")
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40), st.integers(0, 9))
+def test_running_mean_is_the_mean_of_each_window(values: list[float], radius: int) -> None:
+    mean = running_mean(np.array(values), radius)
+    for i, value in enumerate(mean):
+        reach = min(radius, i, len(values) - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        # Sums of up to 40 values of up to 1e3, taken as differences of running totals.
+        assert value == pytest.approx(sum(window) / len(window), abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, CURVE_POINTS, CURVE_POINTS + 1, 123_456])
+def test_thinned_curves_keep_both_ends(count: int) -> None:
+    kept = thinned(count)
+    assert (kept[0], kept[-1]) == (0, count - 1)
+    assert len(kept) == min(count, CURVE_POINTS)
+    assert max(np.diff(kept), default=1) <= np.ceil(count / CURVE_POINTS) + 1
+
+
+def test_one_refused_row_is_shown_for_each_reason(entries: dict[str, Path]) -> None:
+    rows = refused_rows(entries["prepared"] / "quarantine.parquet")
+    assert [(row.split, row.line, row.reasons) for row in rows] == [
+        ("train", 7, "empty_answer"),
+        ("train", 31, "wrong_type:prompt"),
+        ("test", 1204, "duplicate_of:88, too_long:912"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "cut"),
+    [
+        ("model: /home/who/models/tiny", "model: …/tiny"),
+        ("model: ~/models/tiny/", "model: …/tiny"),
+        ('path: "/data/a b.csv"', 'path: "…/a b.csv"'),
+        (r"path: C:\data\rows.csv", "path: …/rows.csv"),
+        ("model: quickstart/base", "model: quickstart/base"),
+        ("path: ../shared/data/x.csv", "path: ../shared/data/x.csv"),
+        ("path: hub:org/name", "path: hub:org/name"),
+        ("# see https://example.org/a/b", "# see https://example.org/a/b"),
+        ("# train/test by hash, 1/2 each", "# train/test by hash, 1/2 each"),
+    ],
+)
+def test_absolute_paths_are_cut_to_their_names(line: str, cut: str) -> None:
+    assert without_directories(line) == cut
