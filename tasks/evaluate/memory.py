@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from tasks.evaluate.batches import by_length, pad_id_of, right_padded, run_on
 from tasks.evaluate.generate import generate_batch
 from tasks.evaluate.subject import read_subject
 
-#: Two probes run beside the caller: few threads each, or all three wait for one another.
+#: Of each probe. Small next to what the caller needs, which works on meanwhile.
 PROBE_THREADS = max(1, torch.get_num_threads() // 4)
 
 CONFIGS = {"causal-lm": LlamaConfig, "sequence-classification": BertConfig}
@@ -64,6 +66,17 @@ def start(spec: EvaluateSpec, paths: dict[str, Path]) -> dict[str, Probe]:
         for name, call in calls.items()
         if name == "base" or spec.subject != "base"
     }
+
+
+@contextmanager
+def beside(probes: dict[str, Probe]) -> Iterator[None]:
+    """Leave the probes their cores: threads that outnumber the cores wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - PROBE_THREADS * len(probes)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def stop(probes: dict[str, Probe]) -> None:

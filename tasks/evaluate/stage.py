@@ -24,14 +24,15 @@ def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
         figures: `CriteriaReport.figures()`; method; intervals: metric to [low, high]; rows.
     """
     subject = read_subject(spec, paths)
-    # The probes load and generate beside the accuracy pass, and are done before anything is timed.
+    # The probes load and generate beside the accuracy pass, and end before anything is timed.
     probes = memory.start(spec, paths)
     try:
-        model = subject.load().to(runtime.device())
-        base = model if subject.kind == "base" else subject.load_base().to(runtime.device())
-        scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
-        retained = retention(subject, model, base, paths["prepared"])
-        used = memory.read(probes, subject.training_facts.get("train_peak_mib"))
+        with memory.beside(probes):
+            model = subject.load().to(runtime.device())
+            base = model if subject.kind == "base" else subject.load_base().to(runtime.device())
+            scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
+            retained = retention(subject, model, base, paths["prepared"])
+            used = memory.read(probes, subject.training_facts.get("train_peak_mib"))
     finally:
         memory.stop(probes)
     overhead = inference_overhead(subject, model, base, spec, paths)

@@ -6,6 +6,7 @@ The causal base is a two-layer Llama over bytes, the classifier a two-layer BERT
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def write_prepared(
     test.save(directory / "tokens" / "test.safetensors")
     lines = [json.dumps({"row": row, **text}) for row, text in enumerate(texts, start=1)]
     (directory / "test_rows.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on more threads, and far slower where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -197,8 +207,13 @@ def train_entry(world: World, store: Path, candidate: Any, steps: int = 3) -> Pa
         model.save_pretrained(out / "model")
         curve = [
             CurvePoint(
-                step=step, epoch=step, loss=1.0, learning_rate=1e-3, grad_norm=1.0,
-                tokens=200 * step, step_time_s=0.5,
+                step=step,
+                epoch=step,
+                loss=1.0,
+                learning_rate=1e-3,
+                grad_norm=1.0,
+                tokens=200 * step,
+                step_time_s=0.5,
             ).model_dump()
             for step in range(1, steps + 1)
         ]
@@ -224,3 +239,9 @@ def classes_lora(classes: World, tmp_path_factory: pytest.TempPathFactory) -> Wo
     store = tmp_path_factory.mktemp("classes-store")
     candidate = Lora(method="lora", rank=4, alpha=8)
     return classes.of("candidate", train_entry(classes, store, candidate))
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[[World, Path, Any], Path]:
+    """`trained(world, store, candidate)` makes a train entry."""
+    return train_entry

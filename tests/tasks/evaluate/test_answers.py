@@ -58,7 +58,9 @@ def slow_leaves(value: Any, path: str = "$") -> list[str]:
         return [leaf for key in value for leaf in slow_leaves(value[key], f"{path}.{key!r}")]
     if isinstance(value, list) and value:
         return [
-            leaf for place in range(len(value)) for leaf in slow_leaves(value[place], f"{path}[{place}]")
+            leaf
+            for place in range(len(value))
+            for leaf in slow_leaves(value[place], f"{path}[{place}]")
         ]
     return [] if path == "$" else [f"{path} = {json.dumps(value)}"]
 

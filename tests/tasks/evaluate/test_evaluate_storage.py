@@ -1,0 +1,40 @@
+"""Bytes shipped are bytes on disk; parameters are those of the trained tensors."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+from schemas.recipe import Full
+from tasks.evaluate import storage
+from tasks.evaluate.subject import read_subject
+
+
+def test_the_base_ships_nothing(causal) -> None:
+    subject = read_subject(causal.spec, causal.paths)
+    stored = storage.measure(subject, subject.load_base())
+    assert (stored.shipped_bytes, stored.trainable_parameters, stored.trainable_share) == (0, 0, 0)
+
+
+def test_an_adapter_ships_its_weights_and_configuration(causal_lora) -> None:
+    subject = read_subject(causal_lora.spec, causal_lora.paths)
+    base = subject.load_base()
+    model_dir = causal_lora.paths["subject"] / "model"
+    (model_dir / "README.md").write_text("a card is not read when loading")
+    stored = storage.measure(subject, base)
+    weights, config = model_dir / "adapter_model.safetensors", model_dir / "adapter_config.json"
+    assert stored.shipped_bytes == weights.stat().st_size + config.stat().st_size
+    elements = sum(tensor.numel() for tensor in load_file(weights).values())
+    assert stored.trainable_parameters == elements
+    assert stored.trainable_share == elements / sum(w.numel() for w in base.parameters())
+    assert storage.saved_elements(weights) == elements
+
+
+def test_full_tuning_ships_the_whole_model(causal, trained, tmp_path) -> None:
+    world = causal.of("candidate", trained(causal, tmp_path, Full(method="full")))
+    subject = read_subject(world.spec, world.paths)
+    stored = storage.measure(subject, subject.load_base())
+    files = [path for path in (world.paths["subject"] / "model").rglob("*") if path.is_file()]
+    assert stored.shipped_bytes == sum(path.stat().st_size for path in files)
+    assert stored.trainable_share == 1
+    assert isinstance(subject.load(), torch.nn.Module)
