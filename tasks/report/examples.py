@@ -15,6 +15,9 @@ SHOWN = 6
 #: Characters of a text that are shown. Also bounds the work of `differences`.
 LONGEST = 1200
 
+#: Texts with a smaller share in common differ as a whole: a few equal commas say nothing.
+ALIKE = 0.3
+
 TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
 
 
@@ -77,8 +80,10 @@ def _card(example: Example, base: str | None) -> Card:
 def differences(expected: str, got: str) -> tuple[list[Span], list[Span]]:
     """Both texts in spans; those that the other lacks differ. Compared by words and signs."""
     left, right = TOKEN.findall(expected), TOKEN.findall(got)
-    spans: tuple[list[Span], list[Span]] = ([], [])
     matcher = SequenceMatcher(None, left, right, autojunk=False)
+    if expected and got and matcher.ratio() < ALIKE:
+        return [Span(expected, True)], [Span(got, True)]
+    spans: tuple[list[Span], list[Span]] = ([], [])
     for tag, left_from, left_to, right_from, right_to in matcher.get_opcodes():
         if left_to > left_from:
             spans[0].append(Span("".join(left[left_from:left_to]), tag != "equal"))

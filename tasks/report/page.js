@@ -47,18 +47,13 @@
     });
   }
 
-  let opened = [];
   const fit = () => plots.forEach((plot) => Plotly.relayout(plot, { width: plot.clientWidth }));
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open])")];
-    for (const details of opened) details.open = true;
     root.classList.add("printing");
     fit();
   });
   addEventListener("afterprint", () => {
-    for (const details of opened) details.open = false;
     root.classList.remove("printing");
-    fit();
     plots.forEach((plot) => Plotly.relayout(plot, { autosize: true, width: null }));
   });
   root.dataset.plots = String(plots.length);

@@ -8,8 +8,8 @@ Point = tuple[float, float]
 
 #: Where a label may stand, best first: plotly's name; shift in label widths, in line heights.
 #: A front runs from its points to the right and from there up, so these places keep off it.
-LEFT_HALF = (("top right", 0.5, 1.0), ("bottom right", 0.5, -1.0), ("middle right", 0.6, 0.0))
-RIGHT_HALF = (("middle left", -0.6, 0.0), ("top left", -0.5, 1.0), ("bottom left", -0.5, -1.0))
+LEFT_HALF = (("bottom right", 0.5, -1.0), ("top right", 0.5, 1.0), ("middle right", 0.6, 0.0))
+RIGHT_HALF = (("top left", -0.5, 1.0), ("middle left", -0.6, 0.0), ("bottom left", -0.5, -1.0))
 
 #: A letter and a line, as shares of a plot of about 330 by 230 pixels.
 LETTER, LINE = 0.021, 0.07

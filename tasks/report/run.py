@@ -16,6 +16,7 @@ from schemas.stages import PageSpec
 from tasks.core.files import write_atomic
 from tasks.report import criteria, data_view, examples, overhead, provenance, summary
 from tasks.report.curves import loss_plot
+from tasks.report.figures import figure
 from tasks.report.inputs import TITLES, Inputs, read_inputs
 from tasks.report.lengths import length_plots
 from tasks.report.trade_offs import trade_offs
@@ -68,6 +69,7 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         entries=provenance.entry_rows(inputs.manifests),
         facts=provenance.facts(inputs.manifests),
         recipe=provenance.without_directories(spec.recipe_yaml),
+        better="Down" if figure(summary.quality_figure(spec, inputs)).better == "lower" else "Up",
         pareto=pareto,
         loss=loss,
         lengths=lengths,

@@ -152,6 +152,13 @@ def test_tables_and_plots_are_named_for_those_who_do_not_see_them(markup: Markup
     assert all((found["href"] or "")[1:] in ids for found in markup.all("a"))
 
 
+def test_a_goal_that_is_to_fall_is_better_further_down(spec: PageSpec, inputs: Inputs) -> None:
+    page = render(spec.model_copy(update={"goal": "perplexity"}), inputs)
+    assert "Down and to the left is better" in page
+    front = json.loads(Markup(page).scripts["figures"])["plot-storage"]["data"][0]
+    assert front["y"] == sorted(front["y"], reverse=True)
+
+
 def test_without_a_finished_model_or_curves_or_latencies(spec: PageSpec, inputs: Inputs) -> None:
     reports = {
         name: report.model_copy(update={"inference_overhead": [], "examples": [], "how": {}})
