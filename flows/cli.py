@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from flows.home import Home
 from flows.records import EXIT_CODES
-from flows.screen import Screen
+from flows.screen import Screen, console
 from flows.tell import problems_of
 from schemas.errors import StageError, UserError
 
@@ -131,12 +130,14 @@ def report(
 @app.command()
 def compare(name: NameArgument, home: HomeOption = None) -> None:
     """The versions of a registered model side by side."""
+    from flows.history import compare as compare_versions
     from flows.tables import versions_table
-    from tasks.register.registry import versions
 
     def work(screen: Screen) -> int:
         place = Home.find(home)
-        screen.console.print(versions_table(name, versions(place.root, name)))
+        place.open()
+        versions = compare_versions(place, name)
+        screen.console.print(versions_table(name, versions), highlight=False)
         return 0
 
     guarded(work)
@@ -246,7 +247,7 @@ def guarded(work: Callable[[Screen], int], as_json: bool = False) -> None:
 
     as_json: standard output is kept for one JSON object; people read standard error.
     """
-    screen = Screen(Console(stderr=as_json))
+    screen = Screen(console(stderr=as_json))
     try:
         code = work(screen)
     except (UserError, StageError) as error:

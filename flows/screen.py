@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,16 @@ from flows.records import StageLine
 from schemas.errors import UserError
 from schemas.report import DataReport
 from tasks.core.store import Entry
+
+
+#: Where output is not a terminal: wide enough for the table of five criteria.
+PLAIN_WIDTH = 120
+
+
+def console(stderr: bool) -> Console:
+    """People's output. Its colours and bars go when it is no terminal."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 class Screen:
@@ -58,10 +69,9 @@ class Screen:
         if kind == "progress":
             self._advance(event)
         elif kind == "warning":
-            self.console.print(f"  [yellow]warning[/] {step.title}: ", end="")
-            self.console.print(event["message"], markup=False, highlight=False)
-        else:
-            self.console.print(f"  {step.title}: {event['message']}", markup=False, style="dim")
+            self.line(f"  warning, {step.title}: {event['message']}", style="yellow")
+        elif step.call.stage != "prepare":  # whose report is shown, cached or not, at its end
+            self.line(f"  {step.title}: {event['message']}")
 
     def end(self, step: Step, line: StageLine | None, entry: Entry | None) -> None:
         if self._progress is not None:
@@ -90,7 +100,11 @@ class Screen:
                 text += f"; {split.truncated:,} truncated"
             if split.label_less:
                 text += f"; {split.label_less:,} without a label"
-            self.console.print(text, markup=False, highlight=False)
+            self.line(text)
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """A line as it is: no markup, and no breaks but the terminal's own."""
+        self.console.print(text, markup=False, highlight=False, style=style, soft_wrap=True)
 
     def error(self, error: Exception) -> None:
         """What went wrong; for a user's input each problem with its place and its fix."""
@@ -99,12 +113,12 @@ class Screen:
             head = "one thing has" if count == 1 else f"{count} things have"
             self.console.print(f"[red]✗[/] {head} to be put right:")
             for problem in error.problems:
-                self.console.print(f"  {problem.place}", markup=False, style="bold")
-                self.console.print(f"    found: {problem.found}", markup=False, highlight=False)
-                self.console.print(f"    fix:   {problem.fix}", markup=False, highlight=False)
+                self.line(f"  {problem.place}", style="bold")
+                self.line(f"    found: {problem.found}")
+                self.line(f"    fix:   {problem.fix}")
         else:
             self.console.print("[red]✗[/] ", end="")
-            self.console.print(str(error) or type(error).__name__, markup=False, highlight=False)
+            self.line(str(error) or type(error).__name__)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:

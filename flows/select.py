@@ -1,12 +1,12 @@
-"""Which candidate goes on, and whether the finished model keeps the gate's bounds."""
+"""Which candidate goes on to be finished. Comparisons, no maths."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from schemas.errors import StageError, UserError
-from schemas.recipe import Select, holds
-from schemas.report import GateCheck, GateVerdict
+from schemas.recipe import Select
+from tasks.register.gate import in_words, judge
 
 Figures = dict[str, float]
 
@@ -36,37 +36,16 @@ def choose(select: Select, figures: dict[str, Figures]) -> Choice:
                 f"no candidate's report has the figure {name!r}",
                 f"choose one of: {', '.join(known)}",
             )
-    broken = {label: breaches(select.subject_to, found) for label, found in figures.items()}
+    broken = {label: in_words(judge(select.subject_to, found)) for label, found in figures.items()}
     fitting = {
         label: figures[label] for label in figures if not broken[label] and goal in figures[label]
     }
     if not fitting:
-        lines = [
-            f"    {label}: {'; '.join(broken[label]) or f'has no {goal}'}" for label in figures
-        ]
+        lines = [f"    {label}: {broken[label] or f'has no {goal}'}" for label in figures]
         raise StageError("no candidate keeps the bounds of `select`:\n" + "\n".join(lines))
     sign = 1 if select.maximize else -1
     best = max(fitting, key=lambda label: sign * fitting[label][goal])
     return Choice(best, _words(select, goal, best, fitting, broken))
-
-
-def breaches(bounds: dict[str, str], figures: Figures) -> list[str]:
-    """The bounds that are not kept, in words. A figure that is missing keeps none."""
-    return [
-        f"{check.figure} = {_number(check.value)}, wanted {check.bound}"
-        for check in judge(bounds, figures).checks
-        if not check.passed
-    ]
-
-
-def judge(bounds: dict[str, str], figures: Figures) -> GateVerdict:
-    """Each bound with the figure it met."""
-    checks = []
-    for name, bound in bounds.items():
-        value = figures.get(name)
-        passed = value is not None and holds(bound, value)
-        checks.append(GateCheck(figure=name, bound=bound, value=value, passed=passed))
-    return GateVerdict(passed=all(check.passed for check in checks), checks=checks)
 
 
 def _words(
@@ -74,7 +53,7 @@ def _words(
     goal: str,
     best: str,
     fitting: dict[str, Figures],
-    broken: dict[str, list[str]],
+    broken: dict[str, str],
 ) -> str:
     end = "highest" if select.maximize else "lowest"
     text = f"{best} has the {end} {goal}, {_number(fitting[best][goal])}"
@@ -85,7 +64,7 @@ def _words(
     bounds = " and ".join(f"{name} {bound}" for name, bound in select.subject_to.items())
     if bounds:
         text += f", among those with {bounds}"
-    left_out = [f"{label} ({'; '.join(why)})" for label, why in broken.items() if why]
+    left_out = [f"{label} ({why})" for label, why in broken.items() if why]
     if left_out:
         text += "; left out: " + ", ".join(left_out)
     return text

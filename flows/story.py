@@ -13,9 +13,10 @@ from typing import Protocol, TypeVar
 from pydantic import BaseModel
 
 from flows.calls import Calls, Made, Step
-from flows.select import Choice, choose, judge
+from flows.select import Choice, choose
 from schemas.errors import StageError
 from schemas.report import CriteriaReport, GateVerdict, Registration
+from tasks.register.gate import judge
 
 Model = TypeVar("Model", bound=BaseModel)
 
