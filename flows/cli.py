@@ -130,14 +130,14 @@ def report(
 @app.command()
 def compare(name: NameArgument, home: HomeOption = None) -> None:
     """The versions of a registered model side by side."""
-    from flows.history import compare as compare_versions
     from flows.tables import versions_table
+    from tasks.register.registry import versions
 
     def work(screen: Screen) -> int:
         place = Home.find(home)
         place.open()
-        versions = compare_versions(place, name)
-        screen.console.print(versions_table(name, versions), highlight=False)
+        table = versions_table(name, versions(place.root, name))
+        screen.console.print(table, highlight=False)
         return 0
 
     guarded(work)

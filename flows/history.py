@@ -1,12 +1,9 @@
-"""What happened in a home: `status`, `report` and `compare`."""
+"""What happened in a home: `status` and `report`."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,9 +12,6 @@ from flows.home import Home
 from flows.records import RunRecord, records
 from flows.servers import running
 from schemas.errors import UserError
-
-if TYPE_CHECKING:
-    from tasks.register.registry import VersionRecord
 
 #: Runs that `status` lists.
 LAST = 10
@@ -42,34 +36,6 @@ def find_run(home: Home, run_id: str | None) -> RunRecord:
     near = difflib.get_close_matches(run_id, [record.run_id for record in known], n=1, cutoff=0.3)
     hint = f"did you mean {near[0]}?" if near else "`peftflow status` lists the runs"
     raise UserError.at(f"run {run_id}", f"is not among the runs in {home.runs}", hint)
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered version with the figures of the report that it carries."""
-
-    record: VersionRecord
-    figures: dict[str, float]
-
-    @property
-    def made(self) -> str:
-        return datetime.fromtimestamp(self.record.created_ms / 1000, UTC).isoformat(
-            " ", timespec="minutes"
-        )[:16]
-
-
-def compare(home: Home, name: str) -> list[Version]:
-    """The versions of a registered model, newest first.
-
-    Raises:
-        UserError: no model has this name.
-    """
-    from tasks.register import registry
-
-    return [
-        Version(record, registry.read_report(record).figures())
-        for record in registry.versions(home.root, name)
-    ]
 
 
 def status(home: Home) -> RenderableType:

@@ -28,7 +28,6 @@ from schemas.errors import UserError
 from schemas.report import DataReport
 from tasks.core.store import Entry
 
-
 #: Where output is not a terminal: wide enough for the table of five criteria.
 PLAIN_WIDTH = 120
 

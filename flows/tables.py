@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from flows.doctor import Finding
-from flows.history import Version
 from flows.plan import Found
 from flows.records import RunRecord, Subject
 from flows.screen import seconds
 from schemas.report import TASK_METRICS, GateVerdict
+from tasks.register.registry import VersionRecord
 
 Get = Callable[[Subject], float | None]
 
@@ -175,19 +175,16 @@ def plan_table(steps: list[Found], later: list[str]) -> Table:
     return table
 
 
-def versions_table(name: str, versions: list[Version]) -> Table:
+def versions_table(name: str, versions: list[VersionRecord]) -> Table:
     """The versions of a registered model side by side, newest first."""
     table = Table(title=name, title_justify="left", box=None, pad_edge=False)
     table.add_column("", style="cyan")
     for version in versions:
-        record = version.record
-        aliases = f" ({', '.join(record.aliases)})" if record.aliases else ""
-        table.add_column(f"{record.version}{aliases}", justify="right")
-    table.add_row("made", *(version.made for version in versions))
-    table.add_row(
-        "method", *(version.record.tags.get("peftflow.method", "") for version in versions)
-    )
-    proofs = ("yes" if version.record.verified else "[red]no[/]" for version in versions)
+        aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
+        table.add_column(f"{version.version}{aliases}", justify="right")
+    table.add_row("made", *(version.created[:16] for version in versions))
+    table.add_row("method", *(version.tags.get("peftflow.method", "") for version in versions))
+    proofs = ("yes" if version.verified else "[red]no[/]" for version in versions)
     table.add_row("loads as trained", *proofs)
     for name in dict.fromkeys(name for version in versions for name in version.figures):
         values = (version.figures.get(name) for version in versions)
