@@ -23,8 +23,8 @@ from tasks.core.progress import bar
 from tasks.merge.checkpoint import FLOATS, encode_header
 from tasks.merge.plan import Copy, Fold, New, OutShard, Plan
 
-#: Elements of one folded piece: its float32 copy, 4 MiB, stays in a core's cache.
-PIECE_ELEMENTS = 1 << 20
+#: Elements of one folded piece: its float32 copy, 2 MiB, stays in a core's cache.
+PIECE_ELEMENTS = 1 << 19
 COPY_BYTES = 8 << 20
 THREADS = 4
 
