@@ -13,8 +13,9 @@ import typer
 from flows.home import Home
 from flows.records import EXIT_CODES
 from flows.screen import Screen, console
-from flows.tell import problems_of
+from flows.tell import is_users, problems_of
 from schemas.errors import StageError, UserError
+from tasks.core.store import storage_errors
 
 app = typer.Typer(
     name="peftflow",
@@ -39,6 +40,9 @@ HomeOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object, last on stdout.")]
 WhyOption = Annotated[str, typer.Option("--why", help="Kept in the ledger.")]
 
+#: A command's own work, which gives its exit code.
+Work = Callable[[Screen, Home], int]
+
 
 @app.command()
 def run(
@@ -51,15 +55,15 @@ def run(
     from flows.run import run as run_recipe
     from flows.tables import last_line, outcome
 
-    def work(screen: Screen) -> int:
-        record = run_recipe(recipe, set_ or [], Home.find(home), screen)
+    def work(screen: Screen, place: Home) -> int:
+        record = run_recipe(recipe, set_ or [], place, screen)
         screen.console.print(outcome(record), highlight=False)
         screen.console.print(last_line(record), highlight=False)
         if as_json:
             print(record.model_dump_json())
         return EXIT_CODES[record.state]
 
-    guarded(work, as_json)
+    guarded(work, home, as_json)
 
 
 @app.command()
@@ -72,13 +76,13 @@ def check(
     """Recipe and data only: rows in, kept, refused with reasons, truncated, without a label."""
     from flows.check import check as check_recipe
 
-    def work(screen: Screen) -> int:
-        report = check_recipe(recipe, set_ or [], Home.find(home), screen)
+    def work(screen: Screen, place: Home) -> int:
+        report = check_recipe(recipe, set_ or [], place, screen)
         if as_json:
             print(report.model_dump_json())
         return 0
 
-    guarded(work, as_json)
+    guarded(work, home, as_json)
 
 
 @app.command()
@@ -87,12 +91,12 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, home: HomeOption = None
     from flows.check import plan_recipe
     from flows.tables import plan_table
 
-    def work(screen: Screen) -> int:
-        steps, later = plan_recipe(recipe, set_ or [], Home.find(home))
+    def work(screen: Screen, place: Home) -> int:
+        steps, later = plan_recipe(recipe, set_ or [], place)
         screen.console.print(plan_table(steps, later))
         return 0
 
-    guarded(work)
+    guarded(work, home)
 
 
 @app.command()
@@ -100,11 +104,11 @@ def status(home: HomeOption = None) -> None:
     """The servers, the last runs, and the champions."""
     from flows.history import status as show
 
-    def work(screen: Screen) -> int:
-        screen.console.print(show(Home.find(home)), highlight=False)
+    def work(screen: Screen, place: Home) -> int:
+        screen.console.print(show(place), highlight=False)
         return 0
 
-    guarded(work)
+    guarded(work, home)
 
 
 @app.command()
@@ -117,14 +121,14 @@ def report(
     from flows.history import find_run
     from flows.tables import outcome
 
-    def work(screen: Screen) -> int:
-        record = find_run(Home.find(home), run)
+    def work(screen: Screen, place: Home) -> int:
+        record = find_run(place, run)
         screen.console.print(outcome(record), highlight=False)
         if as_json:
             print(record.model_dump_json())
         return 0
 
-    guarded(work, as_json)
+    guarded(work, home, as_json)
 
 
 @app.command()
@@ -133,14 +137,13 @@ def compare(name: NameArgument, home: HomeOption = None) -> None:
     from flows.tables import versions_table
     from tasks.register.registry import versions
 
-    def work(screen: Screen) -> int:
-        place = Home.find(home)
+    def work(screen: Screen, place: Home) -> int:
         place.open()
         table = versions_table(name, versions(place.root, name))
         screen.console.print(table, highlight=False)
         return 0
 
-    guarded(work)
+    guarded(work, home)
 
 
 @app.command()
@@ -153,15 +156,14 @@ def promote(
     """Make a version the champion."""
     from tasks.register.promote import promote as promote_version
 
-    def work(screen: Screen) -> int:
-        place = Home.find(home)
+    def work(screen: Screen, place: Home) -> int:
         place.open()
         promotion = promote_version(place.root, name, version, why, gate={})
         word = "is now" if promotion.entry else "was already"
         screen.console.print(f"{name} version {version} {word} the champion", highlight=False)
         return 0
 
-    guarded(work)
+    guarded(work, home)
 
 
 @app.command()
@@ -169,8 +171,7 @@ def rollback(name: NameArgument, why: WhyOption = "rollback", home: HomeOption =
     """Give `champion` back to the version before the present one."""
     from tasks.register.promote import rollback as roll_back
 
-    def work(screen: Screen) -> int:
-        place = Home.find(home)
+    def work(screen: Screen, place: Home) -> int:
         place.open()
         entry = roll_back(place.root, name, why)
         screen.console.print(
@@ -179,7 +180,7 @@ def rollback(name: NameArgument, why: WhyOption = "rollback", home: HomeOption =
         )
         return 0
 
-    guarded(work)
+    guarded(work, home)
 
 
 @app.command()
@@ -187,8 +188,7 @@ def up(home: HomeOption = None) -> None:
     """Start one Prefect server and the MLflow UI, to stay until `peftflow down`."""
     from flows.servers import up as start
 
-    def work(screen: Screen) -> int:
-        place = Home.find(home)
+    def work(screen: Screen, place: Home) -> int:
         place.open()
         with screen.waiting("starting Prefect and MLflow"):
             servers = start(place)
@@ -203,7 +203,7 @@ def up(home: HomeOption = None) -> None:
         )
         return 0
 
-    guarded(work)
+    guarded(work, home)
 
 
 @app.command()
@@ -211,12 +211,12 @@ def down(home: HomeOption = None) -> None:
     """Stop what `up` started."""
     from flows.servers import down as stop
 
-    def work(screen: Screen) -> int:
-        stopped = stop(Home.find(home))
+    def work(screen: Screen, place: Home) -> int:
+        stopped = stop(place)
         screen.console.print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was up")
         return 0
 
-    guarded(work)
+    guarded(work, home)
 
 
 @app.command()
@@ -225,13 +225,13 @@ def doctor(home: HomeOption = None) -> None:
     from flows.doctor import examine
     from flows.tables import findings_table
 
-    def work(screen: Screen) -> int:
+    def work(screen: Screen, place: Home) -> int:
         with screen.waiting("looking"):
-            findings = examine(Home.find(home))
+            findings = examine(place)
         screen.console.print(findings_table(findings))
         return int(any(finding.verdict == "broken" for finding in findings))
 
-    guarded(work)
+    guarded(work, home)
 
 
 @app.command()
@@ -242,16 +242,17 @@ def schema() -> None:
     print(json.dumps(recipe_json_schema(), indent=2))
 
 
-def guarded(work: Callable[[Screen], int], as_json: bool = False) -> None:
+def guarded(work: Work, home: Path | None, as_json: bool = False) -> None:
     """Run a command and exit: with its own code, or 1 failed, 2 wrong input, 130 interrupted.
 
     as_json: standard output is kept for one JSON object; people read standard error.
     """
-    screen = Screen(console(stderr=as_json))
+    screen, place = Screen(console(stderr=as_json)), Home.find(home)
     try:
-        code = work(screen)
+        with storage_errors(place.root):
+            code = work(screen, place)
     except (UserError, StageError) as error:
-        code = 2 if isinstance(error, UserError) else 1
+        code = 2 if is_users(error) else 1
         screen.error(error)
         if as_json:
             state = "wrong-input" if code == 2 else "failed"

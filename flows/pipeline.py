@@ -24,11 +24,12 @@ from flows.execute import Event
 from flows.home import Home
 from flows.hub import needs_hub
 from flows.records import RunRecord, StageLine, dead_runs, new_run_id, now
+from flows.standing import was_promoted
 from flows.story import story
-from flows.tell import finish, problems_of
+from flows.tell import finish, is_users, problems_of
 from flows.tracking import Tracker
 from flows.work import Bench, Listener
-from schemas.errors import RetryableError, UserError
+from schemas.errors import RetryableError
 from schemas.load import load_recipe
 from schemas.recipe import Recipe
 from schemas.report import GateVerdict, Registration
@@ -37,7 +38,7 @@ from tasks.core.store import Entry
 T = TypeVar("T")
 
 #: Seconds before a stage that may yet succeed (RetryableError) is tried again.
-RETRY_AFTER_S = [5.0, 20.0]
+RETRY_AFTER_S = [3.0, 10.0]
 
 
 @dataclass
@@ -51,7 +52,12 @@ class Session:
 SESSION: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
-@flow(name="peftflow", flow_run_name="{recipe}")
+def recipe_stem() -> str:
+    """A flow run is named after its recipe's file."""
+    return Path(flow_run.parameters["recipe"]).stem
+
+
+@flow(name="peftflow", flow_run_name=recipe_stem)
 def pipeline(recipe: str, overrides: list[str] | None = None, home: str | None = None) -> Any:
     """Run a recipe to its end. Paths are relative to the working directory.
 
@@ -102,6 +108,8 @@ class Working:
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         if not (self._calls.recipe.register_.promote and verdict.passed):
             return False
+        if was_promoted(self._bench.home, registration):
+            return True
         title = f"promote {registration.name} {registration.version}"
         return run_task("promote", title, lambda: Completed(data=self._promote(registration)))
 
@@ -149,7 +157,7 @@ def recorded(record: RunRecord, home: Home, recipe: Recipe) -> Iterator[Tracker]
     try:
         yield tracker
     except BaseException as error:
-        record.state = "wrong-input" if isinstance(error, UserError) else "failed"
+        record.state = "wrong-input" if is_users(error) else "failed"
         record.errors = problems_of(error)
         raise
     finally:

@@ -12,10 +12,10 @@ from flows.plan import already_done
 from flows.records import RunRecord, StageLine, new_run_id, now
 from flows.screen import Screen
 from flows.servers import prefect_api
+from flows.standing import was_promoted
 from flows.tell import finish
 from schemas.errors import StageError
 from schemas.load import load_recipe
-from schemas.report import Registration
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -83,11 +83,3 @@ def run_flow(recipe_path: Path, overrides: list[str], home: Home, screen: Screen
         state.result()  # raises what ended the flow
         raise StageError(f"the flow ended as {state.name}: {state.message}")
     return session.record
-
-
-def was_promoted(home: Home, registration: Registration) -> bool:
-    """Whether the ledger knows the version as champion. A run does not undo a rollback."""
-    from tasks.register.promote import ledger
-
-    entries = ledger(home.root, registration.name)
-    return any(entry.to_version == registration.version for entry in entries)

@@ -7,6 +7,7 @@ that ends with it. Prefect's ephemeral mode is no substitute: it loses task hist
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +31,7 @@ from tasks.core.files import write_atomic
 HOST = "127.0.0.1"
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
+POOL = "peftflow"
 
 #: Seconds that a server may take to answer; the first start also makes its database.
 START_S = 90.0
@@ -84,7 +87,25 @@ def up(home: Home) -> list[Server]:
     for server in starting:
         path = "/api/health" if server.name == "prefect" else "/health"
         _wait(server.url + path, server.name, server.is_alive, server.log)
+        if server.name == "prefect":
+            make_pool(server.api)
     return starting
+
+
+def make_pool(api: str) -> None:
+    """The work pool of `infra/prefect.yaml`: flow runs as processes of a worker's machine.
+
+    A worker fills in the pool's job template when it starts.
+    """
+    body = json.dumps({"name": POOL, "type": "process"}).encode()
+    request = urllib.request.Request(
+        f"{api}/work_pools/", body, {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        _local().open(request, timeout=30).close()
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.CONFLICT:  # it is there already
+            raise StageError(f"Prefect refuses the work pool {POOL}: {error}") from error
 
 
 def down(home: Home) -> list[str]:
@@ -170,13 +191,17 @@ def prefect_api(home: Home) -> Iterator[PrefectApi]:
 
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:
-    """Whether a GET gets 200. Proxies of the environment are not asked: these are local."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    """Whether a GET gets 200."""
     try:
-        with opener.open(url, timeout=timeout_s) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
+        with _local().open(url, timeout=timeout_s) as response:
+            return bool(response.status == HTTPStatus.OK)
+    except OSError:
         return False
+
+
+def _local() -> urllib.request.OpenerDirector:
+    """Requests that no proxy of the environment sees: these servers are local."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def free_port(preferred: int = 0) -> int:

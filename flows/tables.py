@@ -47,7 +47,7 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
     fixed = [
         Line("storage", "shipped MiB", reader("shipped_bytes", 2**-20), ",.2f", True),
         Line("", "trained parameters", reader("trainable_parameters"), ",.0f", True),
-        Line("", "of the base, %", reader("trainable_share", 100), ".2f", True),
+        Line("", "% of the base", reader("trainable_share", 100), ".2f", True),
         Line("memory", "training peak MiB", reader("train_peak_mib"), ",.0f", True),
         Line("", "generating peak MiB", reader("generate_peak_mib"), ",.0f", True),
         Line(
@@ -58,7 +58,7 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
             True,
         ),
         Line("", "backward MFLOP/token", reader("backward_flops_per_token", 1e-6), ",.2f", True),
-        Line("", "FLOPs, of full tuning's", reader("flops_ratio_to_full"), ".2f", True),
+        Line("", "FLOPs, full tuning = 1", reader("flops_ratio_to_full"), ".2f", True),
         Line("", "step time, s", reader("step_time_s"), ".3f", True),
         Line("", "training tokens/s", reader("train_tokens_per_s"), ",.0f", False),
     ]
@@ -67,13 +67,13 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
         Line("", name, reader(name), ".4f" if name != "perplexity" else ".3f", name in LESS)
         for name in metrics
     ]
-    accuracy.append(Line("", "retention loss, change", reader("retention_change"), "+.3f", True))
+    accuracy.append(Line("", "retention, Δ loss", reader("retention_change"), "+.3f", True))
     ratios = [
         Line("", words(name), reader(name), ".2f", True)
         for name in dict.fromkeys(name for s in subjects for name in s.figures)
         if name.startswith(("prefill_ratio", "token_ratio"))
     ]
-    for first, criterion in ((accuracy, "accuracy"), (ratios, "overhead")):
+    for first, criterion in ((accuracy, "accuracy"), (ratios, "time × base")):
         if first:
             first[0] = Line(criterion, *list(vars(first[0]).values())[1:])
     shown = [*fixed, *accuracy, *ratios]
@@ -81,10 +81,10 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
 
 
 def words(name: str) -> str:
-    """`token_ratio_b8_merged` as `token time × base, batch 8 merged`."""
+    """`token_ratio_b8_merged` as `token, batch 8, merged`."""
     what, _, rest = name.partition("_ratio_b")
     size, _, merged = rest.partition("_")
-    return f"{what} time × base, batch {size}" + (" merged" if merged else "")
+    return f"{what}, batch {size}" + (", merged" if merged else "")
 
 
 def criteria_table(record: RunRecord) -> Table:
@@ -92,8 +92,8 @@ def criteria_table(record: RunRecord) -> Table:
     subjects = [s for s in (record.base, *record.candidates, record.finished) if s is not None]
     candidates = {candidate.label for candidate in record.candidates}
     table = Table(title="Five criteria", title_justify="left", pad_edge=False, box=None)
-    table.add_column("", style="cyan")
-    table.add_column("")
+    table.add_column("", style="cyan", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for subject in subjects:
         chosen = subject.label == record.selected
         table.add_column(subject.label, justify="right", style="bold" if chosen else "")
@@ -146,8 +146,8 @@ def outcome(record: RunRecord) -> RenderableType:
     facts.add_row("gate", "\n".join(gate_lines(gate)) or "no bounds given")
     aliases = " and ".join(record.aliases)
     facts.add_row("registered", f"{registered.name} version {registered.version}, {aliases}")
-    difference = f"{registered.max_logit_difference:.2g} (at most {registered.tolerance:.2g})"
-    facts.add_row("loads as trained", f"logits differ by {difference}")
+    difference = f"reloaded, its logits differ by {registered.max_logit_difference:.2g}"
+    facts.add_row("loads as trained", difference)
     facts.add_row("report", record.report or "")
     return Group("", criteria_table(record), "", facts)
 

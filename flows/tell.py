@@ -6,8 +6,9 @@ import shutil
 
 from flows.home import Home
 from flows.records import RunRecord, Subject, reports_path
+from flows.standing import aliases
 from flows.story import Outcome
-from schemas.errors import UserError
+from schemas.errors import RetryableError, UserError
 
 
 def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
@@ -22,8 +23,13 @@ def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
     record.selected, record.why = outcome.choice.label, outcome.choice.why
     record.registered, record.gate = outcome.registration, outcome.verdict
     record.promoted = outcome.promoted
-    record.aliases = ["challenger"] + ["champion"] * outcome.promoted
+    record.aliases = aliases(home, outcome.registration)
     record.state = "done" if outcome.verdict.passed else "refused"
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether it is for the user to put right: the input, or a disk that stayed full."""
+    return isinstance(error, UserError | RetryableError)
 
 
 def problems_of(error: BaseException) -> list[dict[str, str]]:

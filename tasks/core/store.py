@@ -120,9 +120,9 @@ class Store:
                 self._seal(call, key, work, facts, watch)
         return Entry(self.path(call.stage, key), read_manifest(self.path(call.stage, key)))
 
-    def entries(self) -> Iterator[Entry]:
-        """Every whole entry, unchecked: for listings."""
-        for manifest in sorted(self.root.glob(f"*/[!.]*/{MANIFEST}")):
+    def entries(self, stage: str = "*") -> Iterator[Entry]:
+        """Every whole entry (of one stage), unchecked: for listings."""
+        for manifest in sorted(self.root.glob(f"{stage}/[!.]*/{MANIFEST}")):
             yield Entry(manifest.parent, read_manifest(manifest.parent))
 
     def _seal(
