@@ -7,6 +7,7 @@ LazyFrame gets schema checks only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pandera.polars as pa
@@ -54,53 +55,45 @@ REASONS: dict[str, str] = {
 }
 
 
-def _elements(data: PolarsData, each: pl.Expr, *, every: bool = True) -> pl.LazyFrame:
-    """Whether a condition on the elements of a list column holds for all (or any) of them."""
-    found = pl.col(data.key).list.eval(each)
-    return data.lazyframe.select(found.list.all() if every else found.list.any())
+def _check(name: str, holds: Callable[[str], pl.Expr]) -> pa.Check:
+    """A check of one column; `holds` makes the condition from the column's name."""
+
+    def select(data: PolarsData) -> pl.LazyFrame:
+        rows: pl.LazyFrame = data.lazyframe
+        return rows.select(holds(data.key))
+
+    return pa.Check(select, name=name)
 
 
-def _roles_known(data: PolarsData) -> pl.LazyFrame:
-    return _elements(data, pl.element().struct.field("role").is_in(ROLES))
+def _every(name: str, condition: pl.Expr) -> pa.Check:
+    """A check of a list column: the condition holds for each of its elements."""
+    return _check(name, lambda key: pl.col(key).list.eval(condition).list.all())
 
 
-def _ends_with_answer(data: PolarsData) -> pl.LazyFrame:
-    last = pl.col(data.key).list.last().struct.field("role")
-    return data.lazyframe.select((last == "assistant").fill_null(False))
+def _blank(text: pl.Expr) -> pl.Expr:
+    return text.str.strip_chars().str.len_bytes() == 0
 
 
-def _starts_with_prompt(data: PolarsData) -> pl.LazyFrame:
-    first = pl.col(data.key).list.first().struct.field("role")
-    return data.lazyframe.select((first != "assistant").fill_null(True))
-
-
-def _answers_filled(data: PolarsData) -> pl.LazyFrame:
-    message = pl.element().struct
-    blank = message.field("content").str.strip_chars().str.len_bytes() == 0
-    return _elements(data, ~((message.field("role") == "assistant") & blank))
-
-
-def _contents_without_nul(data: PolarsData) -> pl.LazyFrame:
-    return _elements(data, ~_has_nul(pl.element().struct.field("content")))
-
-
-def _has_nul(text: pl.Expr) -> pl.Expr:
+def _nul(text: pl.Expr) -> pl.Expr:
     return text.str.contains("\0", literal=True)
 
 
-def _without_nul(data: PolarsData) -> pl.LazyFrame:
-    return data.lazyframe.select(~_has_nul(pl.col(data.key)))
+def _role(message: pl.Expr) -> pl.Expr:
+    return message.struct.field("role")
 
 
-def _filled(data: PolarsData) -> pl.LazyFrame:
-    return data.lazyframe.select(pl.col(data.key).str.strip_chars().str.len_bytes() > 0)
+_ELEMENT = pl.element()
+_CONTENT = _ELEMENT.struct.field("content")
 
 
 def _text(empty: str) -> pa.Column:
     """A text column; `empty` is the reason code of a value with nothing but white space."""
     return pa.Column(
         pl.String,
-        checks=[pa.Check(_without_nul, name="nul_byte"), pa.Check(_filled, name=empty)],
+        checks=[
+            _check("nul_byte", lambda key: ~_nul(pl.col(key))),
+            _check(empty, lambda key: ~_blank(pl.col(key))),
+        ],
     )
 
 
@@ -120,11 +113,17 @@ CONTRACTS: dict[Kind, pa.DataFrameSchema] = {
         messages=pa.Column(
             MESSAGES,
             checks=[
-                pa.Check(_contents_without_nul, name="nul_byte"),
-                pa.Check(_roles_known, name="unknown_role"),
-                pa.Check(_ends_with_answer, name="no_answer"),
-                pa.Check(_starts_with_prompt, name="empty_prompt"),
-                pa.Check(_answers_filled, name="empty_answer"),
+                _every("nul_byte", ~_nul(_CONTENT)),
+                _every("unknown_role", _role(_ELEMENT).is_in(ROLES)),
+                _check(
+                    "no_answer",
+                    lambda key: (_role(pl.col(key).list.last()) == "assistant").fill_null(False),
+                ),
+                _check(
+                    "empty_prompt",
+                    lambda key: (_role(pl.col(key).list.first()) != "assistant").fill_null(True),
+                ),
+                _every("empty_answer", ~((_role(_ELEMENT) == "assistant") & _blank(_CONTENT))),
             ],
         ),
     ),
@@ -162,7 +161,8 @@ def failures(kind: Kind, rows: pl.DataFrame) -> dict[int, list[str]]:
         found: dict[int, list[str]] = {}
         cases = error.failure_cases
         for index, check in zip(cases["index"], cases["check"], strict=True):
-            assert index is not None and check in REASONS, cases
+            assert index is not None, cases
+            assert check in REASONS, cases
             found.setdefault(int(index), []).append(str(check))
         return found
     return {}

@@ -104,7 +104,8 @@ class Sorter:
         assert isinstance(frame, pl.DataFrame)
         broken = failures(self.layout.kind, frame)
         for index, reasons in broken.items():
-            self.refuse(*(int(place) for place in places[index]), *reasons)
+            line, offset, length = places[index].tolist()
+            self.refuse(line, offset, length, *reasons)
         if broken:
             whole = np.ones(len(places), bool)
             whole[list(broken)] = False

@@ -31,9 +31,10 @@ def find_layout(task: Task, split: str, source: Source, readable: Readable) -> L
     """
     kinds = kinds_of(task, split)
     columns = readable.columns
-    sources = {name: source.columns.get(name, name) for kind in kinds for name in COLUMNS[kind]}
+    mapping: dict[str, str] = dict(source.columns)  # type: ignore[arg-type]
+    sources = {name: mapping.get(name, name) for kind in kinds for name in COLUMNS[kind]}
     place = f"{readable.name} (data.{split}.columns)"
-    for name, mapped in source.columns.items():
+    for name, mapped in mapping.items():
         if name not in sources:
             raise UserError.at(
                 place,

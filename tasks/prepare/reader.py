@@ -11,9 +11,10 @@ from schemas.errors import UserError
 from schemas.recipe import Data, Task
 from schemas.rows import Kind
 from tasks.core.progress import warn
-from tasks.prepare.render import ChatTemplate, Rendered, render_plain
+from tasks.prepare.compose import ComposedTemplate
+from tasks.prepare.render import ChatTemplate, render_plain
 from tasks.prepare.spans import Rules
-from tasks.prepare.tokenize import Renderer
+from tasks.prepare.tokenize import TextRules
 
 Template = Literal["chat", "plain", "none"]
 
@@ -40,18 +41,22 @@ class Reader:
             eos=-1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id,
         )
 
-    def renderer(self, kind: Kind) -> Renderer | None:
+    def text_rules(self, kind: Kind, *, compose: bool = True) -> TextRules:
+        """compose: join the texts of chats from the template's literals, which is faster."""
         if kind in ("label", "text"):
-            return None
+            return TextRules()
+        stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stops))
         if self.template == "plain":
-            return render_plain
-        chat = ChatTemplate(self.tokenizer)
-        return chat if kind == "chat" else lambda prompt, answer: render_pair(chat, prompt, answer)
+            return TextRules(render_plain, [], stops)
+        render = (ComposedTemplate if compose else ChatTemplate)(self.tokenizer)
+        words = special_words(self.backend)
+        return TextRules(render, words, words)
 
 
-def render_pair(chat: ChatTemplate, prompt: str, completion: str) -> Rendered:
-    """A prompt and its completion as the chat of one question."""
-    return chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+def special_words(backend: Any) -> list[str]:
+    """The special tokens as they would be spelled in a text."""
+    added = backend.get_added_tokens_decoder().values()
+    return sorted({token.content for token in added if token.special and token.content})
 
 
 def open_reader(base: Path, task: Task, data: Data, kinds: set[Kind]) -> Reader:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -18,8 +19,8 @@ from schemas.rows import COLUMNS, Kind
 #: Bytes of a row's digest: 128 bits, so that two of a billion rows meet with odds of 1e-21.
 DIGEST_BYTES = 16
 
-#: Between the normalised parts of a row. White space to `str.split`, so that no part holds it.
-SEPARATOR = "\x1f"
+#: Between the parts of a row. No part of a row that is kept holds a NUL.
+SEPARATOR = " \0 "
 
 Record = dict[str, Any]
 Row = tuple[Any, ...]
@@ -38,8 +39,8 @@ def normalise(text: str) -> str:
 
 def digest(parts: list[str]) -> bytes:
     """128 bits that are the same for rows whose parts are equal after normalisation."""
-    joined = SEPARATOR.join([normalise(part) for part in parts])
-    return blake2b(joined.encode(), digest_size=DIGEST_BYTES).digest()
+    text = normalise(SEPARATOR.join(parts))
+    return blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def text_of(record: Record, name: str, source: str) -> str:
@@ -62,27 +63,34 @@ def label_of(record: Record, name: str, source: str) -> str:
     raise Refusal(f"missing:{name}" if value is None else f"wrong_type:{name}")
 
 
-def messages_of(record: Record, name: str, source: str) -> list[tuple[str, str]]:
-    """A conversation as (role, content) pairs."""
+def messages_of(record: Record, name: str, source: str) -> list[str]:
+    """A conversation as role, content, role, content, …"""
     value = record.get(source)
     if type(value) is not list:
         raise Refusal(f"missing:{name}" if value is None else f"wrong_type:{name}")
-    pairs = []
+    flat: list[str] = []
     for message in value:
         if type(message) is not dict:
             raise Refusal(f"wrong_type:{name}")
-        role, content = message.get("role"), message.get("content")
-        if type(role) is not str:
-            raise Refusal(("wrong_type" if "role" in message else "missing") + f":{name}.role")
-        if type(content) is not str:
-            missing = content is None
-            raise Refusal(("missing" if missing else "wrong_type") + f":{name}.content")
-        if len(message) != 2:
-            extra = [key for key, it in message.items() if key not in ("role", "content") and it]
-            if extra:
-                raise Refusal(*(f"extra_key:{name}.{key}" for key in extra))
-        pairs.append((role, content))
-    return pairs
+        role: Any = message.get("role")
+        content: Any = message.get("content")
+        if type(role) is not str or type(content) is not str or len(message) != 2:
+            check_message(message, name)
+        flat.append(role)
+        flat.append(content)
+    return flat
+
+
+def check_message(message: Record, name: str) -> None:
+    """Raise a Refusal for a message that is more or less than a role and a content."""
+    for key in ("role", "content"):
+        if message.get(key) is None:
+            raise Refusal(f"missing:{name}.{key}")
+        if type(message[key]) is not str:
+            raise Refusal(f"wrong_type:{name}.{key}")
+    extra = [key for key, value in message.items() if key not in ("role", "content") and value]
+    if extra:
+        raise Refusal(*(f"extra_key:{name}.{key}" for key in extra))
 
 
 #: Column: how its value is read.
@@ -106,7 +114,8 @@ def row_reader(kind: Kind, sources: dict[str, str]) -> Callable[[Record], Row]:
         return lambda record: (read(record, name, source),)
 
     def read_all(record: Record) -> Row:
-        values, reasons = [], []
+        values: list[Any] = []
+        reasons: list[str] = []
         for read, name, source in columns:
             try:
                 values.append(read(record, name, source))
@@ -125,7 +134,7 @@ def digest_of(kind: Kind, row: Row) -> bytes:
     A prompt and its completion are the chat of one question, and equal to it.
     """
     if kind == "chat":
-        return digest([part for pair in row[0] for part in pair])
+        return digest(row[0])
     if kind == "completion":
         return digest(["user", row[0], "assistant", row[1]])
     return digest(list(row))
@@ -135,13 +144,9 @@ def to_table(kind: Kind, lines: list[int], rows: list[Row]) -> pa.Table:
     """Rows as an Arrow table with the columns of their contract."""
     columns: dict[str, pa.Array] = {"row": pa.array(lines, pa.int64())}
     if kind == "chat":
-        ends, roles, contents = [0], [], []
-        for (messages,) in rows:
-            for role, content in messages:
-                roles.append(role)
-                contents.append(content)
-            ends.append(len(roles))
-        fields = [pa.array(roles, pa.large_string()), pa.array(contents, pa.large_string())]
+        flat = [part for (messages,) in rows for part in messages]
+        fields = [pa.array(flat[0::2], pa.large_string()), pa.array(flat[1::2], pa.large_string())]
+        ends = list(accumulate((len(messages) // 2 for (messages,) in rows), initial=0))
         structs = pa.StructArray.from_arrays(fields, ["role", "content"])
         columns["messages"] = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), structs)
     else:

@@ -18,7 +18,6 @@ from schemas.rows import QUARANTINE, Kind
 from tasks.core.progress import say
 from tasks.core.tokens import TokenRows
 from tasks.prepare.sources import recall
-from tasks.prepare.spans import Counts
 from tasks.prepare.split import Split
 
 #: Refused rows that are written at a time.
@@ -85,7 +84,7 @@ def plain_words(kind: Kind, row: dict[str, Any]) -> dict[str, str]:
     return {"prompt": prompt, "answer": last["content"]}
 
 
-def split_report(split: Split, rows: TokenRows, counts: Counts) -> SplitReport:
+def split_report(split: Split, rows: TokenRows, truncated: int) -> SplitReport:
     """The figures of one split. Asserts that no row has vanished."""
     refused = split.refused_by_reason()
     kept = int(split.kept.sum())
@@ -96,7 +95,7 @@ def split_report(split: Split, rows: TokenRows, counts: Counts) -> SplitReport:
         rows_in=split.rows_in,
         rows_kept=kept,
         refused=refused,
-        truncated=counts.truncated,
+        truncated=truncated,
         label_less=refused.get("no_answer_token", 0),
         tokens=len(rows.input_ids),
         answer_tokens=0 if rows.loss_mask is None else int(rows.loss_mask.sum()),

@@ -42,9 +42,8 @@ class Rules:
 
 @dataclass
 class Counts:
-    """Rows (open_answers: answers) that are worth a word in the report or aloud."""
+    """Rows (open_answers: answers) that are worth a word aloud."""
 
-    truncated: int = 0
     merged_borders: int = 0
     eos_appended: int = 0
     open_answers: int = 0
@@ -53,68 +52,67 @@ class Counts:
 
 def causal_row(
     encoding: Any, rendered: Rendered, rules: Rules, counts: Counts
-) -> tuple[list[int], list[Span]]:
-    """The tokens of a row up to its last learned token, and the spans that are learned.
+) -> tuple[list[int], list[Span], bool]:
+    """The tokens of a row up to its last learned token, what is learned, whether it was cut.
 
     Raises:
         Unfit: too long, or no token of an answer is left.
     """
     ids: list[int] = encoding.ids
-    last = len(ids) - rules.suffix if rules.add_special else len(ids)
-    spans, closed, merged = [], False, False
-    for answer in rendered.answers:
-        if spans and not closed:
+    last = len(ids) - rules.suffix
+    spans: list[Span] = []
+    closed, merged = True, False
+    for start_char, end_char in rendered.answers:
+        if not closed:
             counts.open_answers += 1
-        span, straddles = answer_tokens(encoding, rendered.text, answer, last)
-        merged = merged or straddles
-        stop = stop_after(ids, span[1], rules.stops)
+        start = token_at(encoding, start_char, end_char)
+        if start is None:
+            raise Unfit("no_answer_token")
+        if encoding.token_to_chars(start)[0] < start_char:
+            merged = True
+        end = token_at(encoding, end_char, len(rendered.text))
+        if end is None:
+            end = last
+        elif ids[end] not in rules.stops and encoding.token_to_chars(end)[0] < end_char:
+            end += 1
+        stop = stop_after(encoding, ids, end, rendered.text, end_char, rules.stops)
         closed = stop is not None
-        spans.append((span[0], span[1] if stop is None else stop))
-    start, end = spans[-1]
-    ids = ids[:end]
-    if not closed:
-        ids.append(rules.eos)
+        spans.append((start, end if stop is None else stop))
+    if closed:
+        ids = ids[: spans[-1][1]]
+    else:
+        start, end = spans[-1]
+        ids = [*ids[:end], rules.eos]
         spans[-1] = start, end + 1
         counts.eos_appended += 1
-    if len(ids) > rules.max_length:
+    truncated = len(ids) > rules.max_length
+    if truncated:
         ids, spans = cut_prompt(ids, spans, rules)
-        counts.truncated += 1
     counts.merged_borders += merged
     counts.prompts_differ += rendered.prompt_differs
-    return ids, spans
-
-
-def answer_tokens(
-    encoding: Any, text: str, answer: tuple[int, int], last: int
-) -> tuple[Span, bool]:
-    """The tokens of the characters of an answer, and whether the first holds prompt as well."""
-    start_char, end_char = answer
-    start = token_at(encoding, start_char, end_char)
-    if start is None:
-        raise Unfit("no_answer_token")
-    end = token_at(encoding, end_char, len(text))
-    if end is None:
-        end = last
-    elif encoding.token_to_chars(end)[0] < end_char:
-        end += 1
-    return (start, end), encoding.token_to_chars(start)[0] < start_char
+    return ids, spans, truncated
 
 
 def token_at(encoding: Any, char: int, limit: int) -> int | None:
     """The first token at or after a character, below `limit`: a dropped character has none."""
-    while char < limit:
-        token: int | None = encoding.char_to_token(char)
-        if token is not None:
-            return token
+    token: int | None = None
+    while char < limit and (token := encoding.char_to_token(char)) is None:
         char += 1
-    return None
+    return token
 
 
-def stop_after(ids: list[int], end: int, stops: frozenset[int]) -> int | None:
-    """The position behind the stop token that closes an answer, or None."""
-    for position in range(end, min(end + CLOSING_TOKENS, len(ids))):
-        if ids[position] in stops:
-            return position + 1
+def stop_after(
+    encoding: Any, ids: list[int], end: int, text: str, char: int, stops: frozenset[int]
+) -> int | None:
+    """The position behind the stop token that closes an answer, or None.
+
+    Between the answer and its stop token there may be white space, which is then learned as well.
+    """
+    for position, token in enumerate(ids[end : end + CLOSING_TOKENS], start=end):
+        if token in stops:
+            place = None if position == end else encoding.token_to_chars(position)
+            between = text[char : place[0]] if place else ""
+            return None if between.strip() else position + 1
     return None
 
 
@@ -135,11 +133,10 @@ def cut_prompt(ids: list[int], spans: list[Span], rules: Rules) -> tuple[list[in
     return head + ids[cut:], moved
 
 
-def cut_text(ids: list[int], rules: Rules, counts: Counts) -> list[int]:
-    """A text for classification, or of the retention rows: cut from the right where allowed."""
+def cut_text(ids: list[int], rules: Rules) -> tuple[list[int], bool]:
+    """A text of classification or retention, from the right cut to max_length, and whether."""
     if len(ids) <= rules.max_length:
-        return ids
+        return ids, False
     if rules.on_overflow == "refuse":
         raise Unfit(f"too_long:{len(ids)}")
-    counts.truncated += 1
-    return ids[: rules.max_length - rules.suffix] + ids[len(ids) - rules.suffix :]
+    return ids[: rules.max_length - rules.suffix] + ids[len(ids) - rules.suffix :], True

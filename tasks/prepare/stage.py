@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from schemas.errors import UserError
 from schemas.recipe import HoldOut, Source
@@ -19,9 +16,10 @@ from schemas.stages import PrepareSpec
 from tasks.core.files import write_atomic
 from tasks.core.progress import warn
 from tasks.core.store import SCRATCH
-from tasks.core.tokens import TokenRows
 from tasks.prepare.blocks import Layout
+from tasks.prepare.compose import Mismatch
 from tasks.prepare.ingest import Ingested, frames_of, ingest, write_rows
+from tasks.prepare.labels import settle_labels
 from tasks.prepare.layout import find_layout
 from tasks.prepare.reader import Reader, open_reader
 from tasks.prepare.report import (
@@ -35,16 +33,7 @@ from tasks.prepare.same import held_out, sampled
 from tasks.prepare.sources import Readable, open_source
 from tasks.prepare.spans import Counts
 from tasks.prepare.split import Split
-from tasks.prepare.tokenize import BATCH_ROWS, take, tokenize_split
-
-#: Labels that train never saw which an error names.
-LABELS_SHOWN = 10
-
-
-@dataclass
-class Tokens:
-    rows: TokenRows
-    counts: Counts
+from tasks.prepare.tokenize import BATCH_ROWS, Tokenized, tokenize_split
 
 
 def run(spec: PrepareSpec, paths: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -102,7 +91,8 @@ def sort_splits(spec: PrepareSpec, ingested: dict[str, Ingested]) -> dict[str, S
         held = held_out(train.ingested.digests, spec.data.test.holdout)
         train.members &= ~held
         splits["test"] = Split("test", train.ingested, held, [])
-    ordered = {name: splits[name] for name in ("train", "test", "retention") if name in splits}
+    order = ["train", "test", "retention"]
+    ordered = {name: splits[name] for name in order if name in splits}
     for split in ordered.values():
         split.refuse_duplicates()
     ordered["train"].refuse_leaks(ordered["test"])
@@ -115,25 +105,36 @@ def whole(name: str, ingested: Ingested) -> Split:
     return Split(name, ingested, np.ones(len(ingested), bool), ingested.refused)
 
 
-def tokenize(split: Split, reader: Reader) -> Tokens:
+def tokenize(split: Split, reader: Reader) -> Tokenized:
     """The tokens of a split; rows that cannot be used are refused from it."""
-    kind = split.ingested.layout.kind
+    try:
+        done = tokens_of(split, reader)
+    except Mismatch:
+        warn(
+            f"{split.name}: rows joined from the chat template's literals are not what it renders; "
+            "all are rendered one by one, which is slower"
+        )
+        done = tokens_of(split, reader, compose=False)
     kept = split.kept
-    done = tokenize_split(
-        frames_of(split.ingested, kept, BATCH_ROWS),
-        int(kept.sum()),
-        kind,
-        reader.backend,
-        reader.rules(kind),
-        label=f"tokenising {split.name}",
-        render=reader.renderer(kind),
-    )
     places = np.flatnonzero(kept)
     for place, reason in done.refused.items():
         split.refuse(int(places[place]), reason)
     split.require_rows()
     speak_of(split.name, done.counts, reader)
-    return Tokens(done.rows, done.counts)
+    return done
+
+
+def tokens_of(split: Split, reader: Reader, *, compose: bool = True) -> Tokenized:
+    kind = split.ingested.layout.kind
+    return tokenize_split(
+        frames_of(split.ingested, split.kept, BATCH_ROWS),
+        int(split.kept.sum()),
+        kind,
+        reader.backend,
+        reader.rules(kind),
+        label=f"tokenising {split.name}",
+        text=reader.text_rules(kind, compose=compose),
+    )
 
 
 def speak_of(name: str, counts: Counts, reader: Reader) -> None:
@@ -162,84 +163,20 @@ def speak_of(name: str, counts: Counts, reader: Reader) -> None:
         )
 
 
-def sample(test: Split, tokens: Tokens, count: int) -> Tokens:
+def sample(test: Split, tokens: Tokenized, count: int) -> Tokenized:
     """Keep `count` test rows, chosen by their hashes."""
     places = np.flatnonzero(test.kept)
     chosen = sampled(test.ingested.digests[places], count)
     for place in places[~chosen]:
         test.refuse(int(place), "not_sampled")
-    return Tokens(take(tokens.rows, chosen), tokens.counts)
-
-
-def label_column(split: Split) -> list[str]:
-    frames = frames_of(split.ingested, split.kept, BATCH_ROWS)
-    return pl.concat([frame["label"] for frame in frames]).to_list()
-
-
-def settle_labels(
-    spec: PrepareSpec, splits: dict[str, Split], tokens: dict[str, Tokens]
-) -> dict[str, int]:
-    """Number the labels of train, in alphabetical order; returns how many rows each has.
-
-    Raises:
-        UserError: a test file has labels that train never saw.
-    """
-    counts = Counter(label_column(splits["train"]))
-    names = {label: index for index, label in enumerate(sorted(counts))}
-    if len(names) < 2:
-        raise UserError.at(
-            splits["train"].ingested.source.name,
-            f"every train row has the label {next(iter(names))!r}",
-            "give rows of at least two labels",
-        )
-    test = splits["test"]
-    found = label_column(test)
-    known = np.array([label in names for label in found])
-    if not known.all():
-        refuse_unknown(spec, test, found, known)
-        tokens["test"] = Tokens(take(tokens["test"].rows, known), tokens["test"].counts)
-        found = [label for label in found if label in names]
-    for split, column in (("train", label_column(splits["train"])), ("test", found)):
-        numbers = np.array([names[label] for label in column], np.int64)
-        tokens[split].rows = replace(tokens[split].rows, labels=numbers)
-    return {label: counts[label] for label in names}
-
-
-def refuse_unknown(
-    spec: PrepareSpec, test: Split, found: list[str], known: np.ndarray[Any, np.dtype[np.bool_]]
-) -> None:
-    """A file with labels that train lacks is a mistake; a hold-out may hold a rare label whole."""
-    places = np.flatnonzero(test.kept)[~known]
-    unknown = [label for label, is_known in zip(found, known, strict=True) if not is_known]
-    if isinstance(spec.data.test, HoldOut):
-        for place, label in zip(places, unknown, strict=True):
-            test.refuse(int(place), f"unknown_label:{label}")
-        warn(
-            f"test: {len(unknown)} held-out rows have labels that no train row has: "
-            f"{', '.join(sorted(set(unknown))[:LABELS_SHOWN])}; they are refused"
-        )
-        test.require_rows()
-        return
-    lines: dict[str, list[int]] = {}
-    for place, label in zip(places, unknown, strict=True):
-        lines.setdefault(label, []).append(int(test.ingested.lines[place]))
-    shown = ", ".join(
-        f"{label!r} (line {', '.join(map(str, numbers[:3]))}{', …' if numbers[3:] else ''})"
-        for label, numbers in sorted(lines.items())[:LABELS_SHOWN]
-    )
-    more = f" and {len(lines) - LABELS_SHOWN} more" if len(lines) > LABELS_SHOWN else ""
-    raise UserError.at(
-        test.ingested.source.name,
-        f"labels that no kept train row has: {shown}{more}",
-        "correct them, add train rows with these labels, or take the test rows out",
-    )
+    return tokens.keep(chosen)
 
 
 def write(
     spec: PrepareSpec,
     out: Path,
     splits: dict[str, Split],
-    tokens: dict[str, Tokens],
+    tokens: dict[str, Tokenized],
     reader: Reader,
     labels: dict[str, int] | None,
 ) -> dict[str, Any]:
@@ -259,7 +196,7 @@ def write(
         template=reader.template,
         max_length=spec.data.max_length,
         splits={
-            name: split_report(split, tokens[name].rows, tokens[name].counts)
+            name: split_report(split, tokens[name].rows, int(tokens[name].truncated.sum()))
             for name, split in splits.items()
         },
         labels=labels or {},

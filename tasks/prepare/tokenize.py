@@ -6,9 +6,11 @@ this process renders the next batch and gathers the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import gc
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -19,25 +21,41 @@ from numpy.typing import NDArray
 from schemas.rows import Kind
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
-from tasks.prepare.render import Rendered, TemplateRefused
+from tasks.prepare.render import Render, Rendered, TemplateRefused
 from tasks.prepare.spans import Counts, Rules, Span, Unfit, causal_row, cut_text
 
 #: Rows that are encoded at a time: enough for all cores, few enough to stay in their caches.
 BATCH_ROWS = 2048
 
-Renderer = Callable[..., Rendered]
+
+@dataclass(frozen=True)
+class TextRules:
+    """How rows become text. render: None for rows that are a text already.
+
+    control_words: special tokens that no content may spell, lest it be read as the template's.
+    stop_words: those that no completion may spell, lest it end early. (A plain prompt may.)
+    """
+
+    render: Render | None = None
+    control_words: list[str] = field(default_factory=list)
+    stop_words: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Tokenized:
     """The token rows of a split (without labels), and what became of each row given.
 
-    refused: place of the row among those given, its reason.
+    refused: place of the row among those given, its reason. truncated: of the rows kept.
     """
 
     rows: TokenRows
+    truncated: NDArray[np.bool_]
     refused: dict[int, str]
     counts: Counts
+
+    def keep(self, chosen: NDArray[np.bool_]) -> Tokenized:
+        """Of the token rows only those of a mask."""
+        return replace(self, rows=take(self.rows, chosen), truncated=self.truncated[chosen])
 
 
 def tokenize_split(
@@ -48,33 +66,33 @@ def tokenize_split(
     rules: Rules,
     *,
     label: str,
-    render: Renderer | None = None,
+    text: TextRules,
 ) -> Tokenized:
     """Tokenise the rows of a split, which come as frames of BATCH_ROWS or fewer.
 
-    tokenizer: a `tokenizers.Tokenizer`. render: for chat and completion rows. label: of the bar.
+    tokenizer: a `tokenizers.Tokenizer`. label: what the bar says.
     """
     counts, refused = Counts(), dict[int, str]()
-    gathered = Gathered(causal=kind != "label")
+    gathered, truncated = Gathered(causal=kind != "label"), list[bool]()
 
     def texts() -> Iterator[tuple[list[str], Batch]]:
         start = 0
         for frame in frames:
             batch = Batch(start, frame)
-            yield batch.render(kind, render, refused), batch
+            yield batch.render(kind, text, refused), batch
             start += len(frame)
 
-    with bar(label, total, "rows") as progress:
+    with without_collector(), bar(label, total, "rows") as progress:
         for encodings, batch in encoded(tokenizer, texts(), add_special=rules.add_special):
-            rows, spans, good = [], [], []
-            for place, index in enumerate(batch.indices):
+            rows: list[list[int]] = []
+            spans: list[list[Span]] = []
+            good: list[int] = []
+            for index, encoding, rendered in batch.encoded(encodings):
                 try:
-                    if kind in ("chat", "completion"):
-                        ids, learned = causal_row(
-                            encodings[place], batch.rendered[place], rules, counts
-                        )
+                    if rendered is not None:
+                        ids, learned, cut = causal_row(encoding, rendered, rules, counts)
                     else:
-                        ids = cut_text(encodings[place].ids, rules, counts)
+                        ids, cut = cut_text(encoding.ids, rules)
                         learned = text_span(ids) if kind == "text" else []
                 except Unfit as unfit:
                     refused[batch.start + index] = str(unfit.args[0])
@@ -82,9 +100,22 @@ def tokenize_split(
                 rows.append(ids)
                 spans.append(learned)
                 good.append(index)
+                truncated.append(cut)
             gathered.add(rows, spans, batch.frame["row"].to_numpy()[good])
             progress.advance(len(batch.frame))
-    return Tokenized(gathered.finish(), refused, counts)
+    return Tokenized(gathered.finish(), np.array(truncated, bool), refused, counts)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """No search for cycles: none are made here, and each search walks all of torch's objects."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def text_span(ids: list[int]) -> list[Span]:
@@ -102,24 +133,57 @@ class Batch:
         self.indices: list[int] = list(range(len(frame)))
         self.rendered: list[Rendered] = []
 
-    def render(self, kind: Kind, render: Renderer | None, refused: dict[int, str]) -> list[str]:
-        """The texts to encode; rows that the template refuses are left out."""
-        if kind in ("label", "text"):
+    def encoded(self, encodings: list[Any]) -> Iterator[tuple[int, Any, Rendered | None]]:
+        """Place in the frame, encoding and rendering of each row that was encoded."""
+        rendered: Sequence[Rendered | None] = self.rendered or [None] * len(encodings)
+        return zip(self.indices, encodings, rendered, strict=True)
+
+    def render(self, kind: Kind, text: TextRules, refused: dict[int, str]) -> list[str]:
+        """The texts to encode; rows that cannot be rendered are left out."""
+        if text.render is None:
             return self.frame["text"].to_list()
-        assert render is not None
-        rows: Iterable[tuple[Any, ...]]
-        if kind == "chat":
-            rows = ((messages,) for messages in self.frame["messages"].to_list())
-        else:
-            rows = zip(self.frame["prompt"].to_list(), self.frame["completion"].to_list())
         self.indices = []
-        for index, row in enumerate(rows):
+        for index, (roles, contents, forged) in enumerate(conversations(self.frame, kind, text)):
+            if forged:
+                refused[self.start + index] = "control_token"
+                continue
             try:
-                self.rendered.append(render(*row))
+                self.rendered.append(text.render(roles, contents))
                 self.indices.append(index)
             except TemplateRefused as refusal:
                 refused[self.start + index] = f"template_refused:{refusal.args[0]}"
         return [rendered.text for rendered in self.rendered]
+
+
+def conversations(
+    frame: pl.DataFrame, kind: Kind, text: TextRules
+) -> Iterator[tuple[tuple[str, ...], list[str], bool]]:
+    """Each row as roles, contents, and whether a content spells a token that is not its to say."""
+    if kind == "completion":
+        forged = spells(frame["completion"], text.stop_words)
+        forged |= spells(frame["prompt"], text.control_words)
+        roles = ("user", "assistant")
+        prompts, completions = frame["prompt"].to_list(), frame["completion"].to_list()
+        for prompt, completion, bad in zip(prompts, completions, forged.to_list(), strict=True):
+            yield roles, [prompt, completion], bad
+        return
+    messages = frame["messages"].explode()
+    contents = messages.struct.field("content")
+    words = messages.struct.field("role").to_list()
+    bad = spells(contents, text.control_words).to_list()
+    values = contents.to_list()
+    start = 0
+    for count in frame["messages"].list.len().to_list():
+        stop = start + count
+        yield tuple(words[start:stop]), values[start:stop], any(bad[start:stop])
+        start = stop
+
+
+def spells(texts: pl.Series, words: list[str]) -> pl.Series:
+    """Whether each text holds one of some words."""
+    if not words:
+        return pl.Series([False]).new_from_index(0, len(texts))
+    return texts.str.contains_any(words)
 
 
 def encoded(
