@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -248,18 +249,22 @@ def guarded(work: Work, home: Path | None, as_json: bool = False) -> None:
     as_json: standard output is kept for one JSON object; people read standard error.
     """
     screen, place = Screen(console(stderr=as_json)), Home.find(home)
+    problem: BaseException | None = None
     try:
         with storage_errors(place.root):
             code = work(screen, place)
     except (UserError, StageError) as error:
-        code = 2 if is_users(error) else 1
+        code, problem = 2 if is_users(error) else 1, error
         screen.error(error)
-        if as_json:
-            state = "wrong-input" if code == 2 else "failed"
-            print(json.dumps({"state": state, "errors": problems_of(error)}))
-    except KeyboardInterrupt:
-        code = 130
-        screen.console.print("interrupted: run again to go on from here")
+    except KeyboardInterrupt as error:
+        code, problem = 130, error
+        screen.line("interrupted: run again to go on from here")
+    except Exception as error:
+        code, problem = 1, error
+        traceback.print_exc()
+    if problem is not None and as_json:
+        state = "wrong-input" if code == 2 else "failed"
+        print(json.dumps({"state": state, "errors": problems_of(problem)}))
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from schemas.errors import StageError, UserError
@@ -38,7 +39,9 @@ def choose(select: Select, figures: dict[str, Figures]) -> Choice:
             )
     broken = {label: in_words(judge(select.subject_to, found)) for label, found in figures.items()}
     fitting = {
-        label: figures[label] for label in figures if not broken[label] and goal in figures[label]
+        label: found
+        for label, found in figures.items()
+        if not broken[label] and not math.isnan(found.get(goal, math.nan))
     }
     if not fitting:
         lines = [f"    {label}: {broken[label] or f'has no {goal}'}" for label in figures]
