@@ -57,7 +57,8 @@ def ingest(source: Readable, layout: Layout, scratch: Path) -> Ingested:
     """Read a source and sort its lines; large JSONL files in worker processes."""
     scratch.mkdir(parents=True, exist_ok=True)
     blocks, refused, base = [], [], 0
-    with bar(f"reading {source.name}", source.path.stat().st_size, "bytes") as progress:
+    size = source.path.stat().st_size
+    with bar(f"reading {source.name}", size, "bytes") as progress:
         for block in blocks_of(source, layout, scratch):
             blocks.append((base, block))
             refused += [
@@ -65,7 +66,7 @@ def ingest(source: Readable, layout: Layout, scratch: Path) -> Ingested:
                 for line in block.refused
             ]
             base += block.n_lines
-            progress.advance(end_of(block) - progress.done)
+            progress.advance(min(end_of(block), size) - progress.done)
     return Ingested(
         source,
         layout,

@@ -89,6 +89,12 @@ def sort_splits(spec: PrepareSpec, ingested: dict[str, Ingested]) -> dict[str, S
     if isinstance(spec.data.test, HoldOut):
         train = splits["train"]
         held = held_out(train.ingested.digests, spec.data.test.holdout)
+        if not held.any():
+            raise UserError.at(
+                "data.test",
+                f"a hold-out of {spec.data.test.holdout} takes none of {len(held)} rows",
+                "raise data.test.holdout, or give a test file",
+            )
         train.members &= ~held
         splits["test"] = Split("test", train.ingested, held, [])
     order = ["train", "test", "retention"]
