@@ -1,6 +1,6 @@
 """Makes the retention text of recipes/gsm8k.yaml: stories that the untouched base itself tells.
 
-    python recipes/stories_retention.py recipes/models/stories260K recipes/data/stories_retention.jsonl
+    cd recipes && python stories_retention.py models/stories260K data/stories_retention.jsonl
 
 What a model says when nobody has tuned it is the text on which forgetting shows most plainly.
 Seeded sampling at temperature 0.8, 100 stories of up to 200 tokens.
