@@ -275,10 +275,15 @@ def mark_verified(name: str, version: str, uri: str) -> None:
 
 def read_report(record: VersionRecord) -> CriteriaReport:
     """The five criteria that a version carries."""
+    path = stored_files(record, "artifacts/package/criteria.json")
+    return CriteriaReport.model_validate_json(path.read_bytes())
+
+
+def stored_files(record: VersionRecord, path: str = "") -> Path:
+    """A file of a version as MLflow stores it, or all of them: fetched, where not on this disk."""
     import mlflow
 
-    path = mlflow.artifacts.download_artifacts(f"{record.uri}/artifacts/package/criteria.json")
-    return CriteriaReport.model_validate_json(Path(path).read_bytes())
+    return Path(mlflow.artifacts.download_artifacts(f"{record.uri}/{path}".rstrip("/")))
 
 
 def load_served(model_uri: str, uri: str) -> Any:
