@@ -45,9 +45,19 @@ class Shape:
     differs: bool
 
     @cached_property
-    def _answers(self) -> list[tuple[int, int]]:
-        """For each answer the place of its content among the parts, and its lead."""
-        return [(2 * index + 1, lead) for index, lead in enumerate(self.leads) if lead is not None]
+    def _answers(self) -> list[tuple[int, int, int]]:
+        """For each answer its place among the contents, the characters of literals before it,
+        and how many of these belong to it."""
+        before = list(accumulate(map(len, self.literals)))
+        return [
+            (index, before[index], lead)
+            for index, lead in enumerate(self.leads)
+            if lead is not None
+        ]
+
+    @cached_property
+    def _format(self) -> str:
+        return "%s".join(literal.replace("%", "%%") for literal in self.literals)
 
     @cached_property
     def _trimmed(self) -> list[int]:
@@ -62,13 +72,16 @@ class Shape:
         return True
 
     def join(self, contents: Sequence[str]) -> Rendered:
-        parts = [*contents, *self.literals]
-        parts[::2], parts[1::2] = self.literals, contents
-        for index in self._trimmed:
-            parts[2 * index + 1] = contents[index].strip()
-        ends = list(accumulate(map(len, parts)))
-        answers = [(ends[place - 1] - lead, ends[place]) for place, lead in self._answers]
-        return Rendered("".join(parts), answers, self.differs)
+        if self._trimmed:
+            contents = [*contents]
+            for index in self._trimmed:
+                contents[index] = contents[index].strip()
+        written = list(accumulate(map(len, contents), initial=0))
+        answers = [
+            (before - lead + written[index], before + written[index + 1])
+            for index, before, lead in self._answers
+        ]
+        return Rendered(self._format % tuple(contents), answers, self.differs)
 
 
 class ComposedTemplate:

@@ -82,6 +82,7 @@ def open_reader(base: Path, task: Task, data: Data, kinds: set[Kind]) -> Reader:
             f"{type(tokenizer).__name__} has no fast tokenizer, so that answers cannot be found",
             "convert it once to tokenizer.json",
         )
+    check_length(base, data.max_length)
     backend.no_padding()
     backend.no_truncation()
     if task == "sequence-classification":
@@ -94,6 +95,19 @@ def open_reader(base: Path, task: Task, data: Data, kinds: set[Kind]) -> Reader:
         )
     template = choose_template(tokenizer, base, data, kinds)
     return Reader(tokenizer, backend, template, data, stop_tokens(tokenizer, base))
+
+
+def check_length(base: Path, max_length: int) -> None:
+    """Raise a UserError for rows that may be longer than the base can read."""
+    path = base / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    positions = config.get("text_config", config).get("max_position_embeddings")
+    if isinstance(positions, int) and max_length > positions:
+        raise UserError.at(
+            "data.max_length",
+            f"{max_length} tokens, but the base reads at most {positions}",
+            f"write `max_length: {positions}` or less",
+        )
 
 
 def choose_template(tokenizer: Any, base: Path, data: Data, kinds: set[Kind]) -> Template:

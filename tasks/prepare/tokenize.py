@@ -170,12 +170,13 @@ def conversations(
     messages = frame["messages"].explode()
     contents = messages.struct.field("content")
     words = messages.struct.field("role").to_list()
-    bad = spells(contents, text.control_words).to_list()
+    forged = spells(contents, text.control_words)
+    bad = forged.to_list() if forged.any() else None
     values = contents.to_list()
     start = 0
     for count in frame["messages"].list.len().to_list():
         stop = start + count
-        yield tuple(words[start:stop]), values[start:stop], any(bad[start:stop])
+        yield tuple(words[start:stop]), values[start:stop], bad is not None and any(bad[start:stop])
         start = stop
 
 
@@ -221,14 +222,17 @@ class Gathered:
         self._lengths += lengths
         if not self._causal:
             return
-        edges = np.zeros(total + 1, np.int8)
+        starts, ends = list[int](), list[int]()
         offset = 0
         for length, learned in zip(lengths, spans, strict=True):
             for start, end in learned:
-                edges[offset + start] += 1
-                edges[offset + end] -= 1
+                starts.append(offset + start)
+                ends.append(offset + end)
             self._answer_starts.append(learned[-1][0])
             offset += length
+        edges = np.zeros(total + 1, np.int8)
+        edges[starts] += 1
+        edges[ends] -= 1
         self._masks.append(np.cumsum(edges[:-1], dtype=np.int8).view(np.uint8))
 
     def finish(self) -> TokenRows:

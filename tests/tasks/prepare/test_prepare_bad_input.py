@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,6 +138,14 @@ def test_a_base_without_a_tokenizer(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="tokenizer cannot be loaded"):
         prepare(TEST, TEST, base=tmp_path / "nothing")
+
+
+def test_rows_longer_than_the_base_reads(prepare: Prepare, make_base: Any, tmp_path: Path) -> None:
+    """Else a base with learned positions fails at its first long row, an hour in."""
+    base = shutil.copytree(make_base(), tmp_path / "short")
+    (base / "config.json").write_text('{"max_position_embeddings": 64}')
+    with pytest.raises(UserError, match="reads at most 64"):
+        prepare(TEST, TEST, base=base, max_length=65)
 
 
 def test_parquet_rows_are_found_again_as_json_lines(prepare: Prepare, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_a_template_that_fools_the_probes_is_found_out(
 ) -> None:
     """The comparison of samples, tried on a template made wrong on purpose."""
     joined = ComposedTemplate(tokenizer_with(TEMPLATES["chatml"]))
+    assert joined._program is not None
     learned = compose.learn(joined._program, ("user", "assistant"))
     wrong = compose.Shape(
         ["", *learned.literals[1:]], learned.trims, learned.leads, [], learned.differs
