@@ -77,3 +77,8 @@ def overhead_figure(inputs: Inputs) -> str:
     matches = [match for match in map(LATENCY.fullmatch, names) if match and match[2] == "ratio"]
     matches.sort(key=lambda match: (match[1] != "token", bool(match[4]), page_order(match[0])))
     return matches[0][0] if matches else ""
+
+
+def figure_or_merged(figures: dict[str, float], name: str) -> float | None:
+    """A figure of a subject; where it was measured merged only (the finished model), that one."""
+    return figures.get(name, figures.get(f"{name}_merged"))

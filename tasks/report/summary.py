@@ -13,6 +13,10 @@ from tasks.report.overhead import overhead_figure
 PRIMARY = ("accuracy", "exact_match", "field_f1", "macro_f1", "perplexity", "loss")
 
 
+#: Metrics of answers that were generated, as opposed to losses of those that were expected.
+GENERATED = ("exact_match", "field_f1")
+
+
 @dataclass(frozen=True)
 class Tile:
     """One figure of the selected candidate, and what to compare it with."""
@@ -43,8 +47,16 @@ def verdict(spec: PageSpec, inputs: Inputs) -> str:
         goal = f"{_small(spec.goal)} {in_words(spec.goal, chosen.figures()[spec.goal])}, and "
     return (
         f"is selected: {goal}{_small(name)} {in_words(name, measured.value, measured)} "
-        f"on {chosen.accuracy.rows:,} held-out rows{against}."
+        f"on {_rows(name, spec, inputs):,} held-out rows{against}."
     )
+
+
+def _rows(name: str, spec: PageSpec, inputs: Inputs) -> int:
+    """The held-out rows behind a metric: the recipe may generate answers for some of them only."""
+    rows = inputs.reports[spec.selected].accuracy.rows
+    manifest = inputs.manifests.get(f"evaluate:{spec.selected}")
+    limit = manifest.spec.get("evaluate", {}).get("generate_rows") if manifest else None
+    return min(rows, limit) if limit and name in GENERATED else rows
 
 
 def _small(name: str) -> str:

@@ -11,7 +11,7 @@ from schemas.report import Interval
 from schemas.stages import PageSpec
 from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import BASE, TITLES, Inputs
-from tasks.report.overhead import overhead_figure
+from tasks.report.overhead import figure_or_merged, overhead_figure
 from tasks.report.pareto import joined_labels, label_positions, pareto_front
 from tasks.report.plots import GREY, Plot, Style, layout, short, styles
 from tasks.report.summary import quality_figure
@@ -61,7 +61,7 @@ def trade_offs(spec: PageSpec, inputs: Inputs) -> list[Plot]:
 def _subjects(x_name: str, y_name: str, inputs: Inputs) -> list[Subject]:
     points = []
     for name, report in inputs.reports.items():
-        x, y = report.figures().get(x_name), report.accuracy.metrics.get(y_name)
+        x, y = figure_or_merged(report.figures(), x_name), report.accuracy.metrics.get(y_name)
         if x is not None and y is not None and math.isfinite(x) and math.isfinite(y.value):
             points.append(Subject(name, x, y))
     return points

@@ -93,6 +93,11 @@ def test_the_verdict_names_goal_interval_rows_and_base(spec: PageSpec, inputs: I
         "is selected: exact match 94.8 % (95 % interval 92.6 to 97.0) on 400 held-out rows, "
         "against 0 % for the untouched base."
     )
+    manifest = inputs.manifests["evaluate:lora-r16"]
+    some = manifest.model_copy(update={"spec": {"evaluate": {"generate_rows": 60}}})
+    fewer = Inputs(**(vars(inputs) | {"manifests": {"evaluate:lora-r16": some}}))
+    assert "on 60 held-out rows" in verdict(spec, fewer)
+    assert "on 400 held-out rows" in verdict(spec.model_copy(update={"goal": "loss"}), fewer)
     small = spec.model_copy(update={"goal": "adapter_mib"})
     assert quality_figure(small, inputs) == "exact_match"
     assert "shipped for this task 0.861 MiB, and exact match" in verdict(small, inputs).replace(
