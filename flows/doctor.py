@@ -14,6 +14,7 @@ from typing import Literal
 
 from flows.execute import ROOT
 from flows.home import Home
+from flows.hub import reachable
 from flows.machine import resolve_dtype
 from flows.servers import HOST, MLFLOW_PORT, PREFECT_PORT, running
 from schemas.errors import StageError, UserError
@@ -177,10 +178,7 @@ def compiler() -> Finding:
 
 
 def hub() -> Finding:
-    """The model hub, asked with a short wait."""
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout=2).close()
-    except OSError:
+    if not reachable():
         return Finding("model hub", "out of reach: give bases and data as paths", "note")
     return Finding("model hub", "within reach")
 

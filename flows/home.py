@@ -93,6 +93,7 @@ class Home:
         offline: no model hub is asked for anything, so that nothing waits for a time-out.
         """
         environment = {
+            "MLFLOW_LOGGING_LEVEL": "WARNING",
             **os.environ,
             **PRIVATE,
             "PEFTFLOW_HOME": str(self.root),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from schemas.errors import UserError
 from schemas.load import is_hub_id, resolve
@@ -27,7 +30,14 @@ def base_directory(recipe: Recipe, recipe_path: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=WANTED,
+                local_files_only=not reachable(),
+            )
+        )
     except LocalEntryNotFoundError as error:
         raise UserError.at(
             f"{recipe_path} base.model",
@@ -42,6 +52,24 @@ def base_directory(recipe: Recipe, recipe_path: Path) -> Path:
             f"the hub refuses {model}@{revision}: {summary}",
             "check the id and the commit; a gated model needs HF_TOKEN in the environment",
         ) from error
+
+
+def reachable(timeout_s: float = 3.0) -> bool:
+    """Whether the hub answers at all, so that nobody waits half a minute for its client's retries.
+
+    Behind a proxy only the client can tell, so the answer is yes.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    if "https" in urllib.request.getproxies():
+        return True
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 def needs_hub(recipe: Recipe) -> bool:

@@ -6,6 +6,7 @@ prefect deploy --prefect-file infra/prefect.yaml --all     on a schedule, by a w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,6 +67,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, home: str | None =
     session, path = SESSION.get(), Path(recipe).resolve()
     place = Home.find(Path(home) if home else None)
     place.open()
+    os.environ |= place.environment(offline=False)
     loaded = load_recipe(path, overrides)
     record = RunRecord(
         run_id=new_run_id(loaded.name),

@@ -64,7 +64,7 @@ def run(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -> 
 def run_flow(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -> RunRecord:
     """The Prefect flow in this process, reported to a server that is up at least until the end."""
     with prefect_api(home) as api:
-        os.environ |= home.environment() | PREFECT_CLIENT
+        os.environ |= home.environment(offline=False) | PREFECT_CLIENT
         os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
         with screen.waiting("starting Prefect"):
             # The server comes up while Prefect is imported here.

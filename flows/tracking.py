@@ -6,7 +6,6 @@ Written by one thread of its own, so that MLflow's start-up and SQLite hide behi
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,8 +68,6 @@ class Tracker:
         return self._record.mlflow_run
 
     def _open(self, dead: list[str]) -> None:
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         from tasks.register.registry import connect, experiment
 
         self._client = connect(self._home.tracking_uri)
