@@ -13,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from schemas.errors import StageError
+from tasks.core.progress import warn
 from tasks.merge.checkpoint import FORMAT_NAMES
 
 PREFIX = "base_model.model."
@@ -105,6 +106,11 @@ def read_adapter(directory: Path) -> Adapter:
         module: LowRank(pair["A"].float(), pair["B"].float(), scaling(module, config, pair["A"]))
         for module, pair in pairs.items()
     }
+    broken = sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())
+    if broken:
+        raise StageError(f"{directory}: {broken[0]} holds NaN or infinity: the training diverged")
+    if updates and not any(update.b_OR.any() for update in updates.values()):
+        warn(f"{directory}: every B of the adapter is zero: it changes no weight of the base")
     if not updates and not whole:
         raise StageError(f"{directory}: the adapter is empty; merging it would change nothing")
     return Adapter(updates, whole, task_of(config, directory))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from schemas.errors import RetryableError
+from schemas.errors import RetryableError, StageError
 from tasks.core.progress import bar
 from tasks.merge.checkpoint import FLOATS, encode_header
 from tasks.merge.plan import Copy, Fold, New, OutShard, Plan
@@ -151,6 +151,11 @@ def fold_rows(source: int, piece: Piece, fold: Fold) -> None:
         total.copy_(weights)
         total.addmm_(fold.left[piece.start : piece.start + rows], fold.right)
         weights.copy_(total)
+    if dtype == torch.float16 and not weights.isfinite().all():
+        raise StageError(
+            f"{fold.tensor.name}: a merged weight is beyond float16 (65,504), which loses the "
+            "model; set `finish: {merge: false}`, or use a base in bfloat16"
+        )
     write_all(piece.target, byte_view(raw), piece.offset)
 
 

@@ -25,9 +25,10 @@ from tasks.core.files import sha256_file, sha256_json
 from tasks.core.models import load_config, load_tokenizer, read_labels
 from tasks.core.store import read_manifest
 from tasks.core.tokens import TokenRows
+from tasks.register.asked import held_out_rows
 from tasks.register.card import model_card
 
-#: Rows of the held-out set that stand in a version as an example of its input.
+#: Held-out rows that stand in a version as an example of its input.
 EXAMPLE_ROWS = 2
 
 Paths = dict[str, Path]
@@ -76,7 +77,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         "base": base,
     }
     manifests = lineage(paths)
-    example = example_rows(paths["prepared"])
+    example = [row.text for row in held_out_rows(paths["prepared"], EXAMPLE_ROWS)]
     card = model_card(spec, report, data, manifests, serving, example)
     write_json(directory / "serving.json", serving)
     write_json(
@@ -140,12 +141,6 @@ def stop_ids(spec: RegisterSpec, paths: Paths) -> list[int]:
     rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
     found.update(int(rows.row(index)[-1]) for index in range(len(rows)))
     return sorted(found)
-
-
-def example_rows(prepared: Path) -> list[str]:
-    with (prepared / "test_rows.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(EXAMPLE_ROWS), strict=False)]
-    return [str(row["prompt"]) for row in rows]
 
 
 def requirements(is_adapter: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""The fresh process that loads a version back: `python -m tasks.register.reload URI ROWS OUT`.
+"""The fresh process that loads a version back: `python -m tasks.register.reload URI ROWS DIR`.
 
 It knows of the entry nothing but the rows of tokens that it is asked with.
 """
@@ -16,11 +16,15 @@ from tasks.register import registry
 
 
 def answer_request(model_uri: str, request: Path, answer: Path) -> None:
-    """Write the logits of each row as the version gives them, one row at a time."""
+    """Write the logits of each row's tokens, and the tokens that each row's text becomes."""
     rows = json.loads(request.read_text())
     served = registry.load_served(model_uri, os.environ["MLFLOW_TRACKING_URI"])
-    logits = [served.logits([row])[0] for row in rows]
-    save_file({str(index): row.contiguous() for index, row in enumerate(logits)}, answer)
+    # One row at a time: padding changes sums, and the difference is to be zero.
+    logits = {str(index): served.logits([tokens])[0] for index, (tokens, _) in enumerate(rows)}
+    save_file(
+        {name: row.contiguous() for name, row in logits.items()}, answer / "logits.safetensors"
+    )
+    (answer / "asked.json").write_text(json.dumps([served.encode(text) for _, text in rows]))
 
 
 if __name__ == "__main__":

@@ -50,16 +50,15 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.model = load_model(package, self.serving).to(self.device).eval()
         self.pad_id = pad_id_of(self.model, self.tokenizer)
 
-    # MLflow reads a type hint on `model_input` as a schema; the signature says it better.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """One row out for one row in: `completion`, or `label` and `score`.
 
-        model_input: a list of texts, or a frame of which the first column counts.
+        model_input: MLflow makes a frame of a list, too; the first column counts.
         params: max_new_tokens, for a causal model.
         """
-        if isinstance(model_input, pd.DataFrame):
-            model_input = model_input.iloc[:, 0]
-        rows = [str(row) for row in model_input]
+        rows = [str(row) for row in model_input.iloc[:, 0]]
         if self.serving["task"] == "causal-lm":
             longest = int((params or {}).get("max_new_tokens", self.serving["max_new_tokens"]))
             return pd.DataFrame({"completion": self.complete(rows, longest)})

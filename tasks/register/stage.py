@@ -9,11 +9,11 @@ from typing import Any
 from schemas.errors import StageError
 from schemas.report import Registration
 from schemas.stages import RegisterSpec
-from tasks.core.progress import say
+from tasks.core.progress import say, warn
 from tasks.core.store import SCRATCH
 from tasks.register import registry
 from tasks.register.package import make_package
-from tasks.register.verify import TOLERANCE, reload_difference
+from tasks.register.verify import TOLERANCE, reload
 
 
 def run(spec: RegisterSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
@@ -31,14 +31,19 @@ def run(spec: RegisterSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
     package = make_package(spec, paths, scratch / "package")
     version = registry.register_package(package, spec.name, spec.recipe_name, tracking)
     say(f"{spec.name} version {version.version}: loading it back to compare")
-    difference = reload_difference(
-        version.uri, tracking, paths, package.serving, scratch / "verify"
-    )
-    if not difference <= TOLERANCE:
+    reloaded = reload(version.uri, tracking, paths, package.serving, scratch / "verify")
+    if not reloaded.difference <= TOLERANCE:
         raise StageError(
             f"{spec.name} version {version.version} was registered but does not load as it was "
-            f"trained: logits differ by up to {difference:g} (allowed: {TOLERANCE:g}). It is "
-            "tagged peftflow.verified=false and cannot be promoted."
+            f"trained: logits differ by up to {reloaded.difference:g} (allowed: {TOLERANCE:g}). It "
+            "is tagged peftflow.verified=false and cannot be promoted."
+        )
+    if reloaded.asked_alike < reloaded.rows:
+        warn(
+            f"{reloaded.rows - reloaded.asked_alike} of {reloaded.rows} held-out prompts become "
+            "other tokens when the version is asked them than when it was evaluated (cut to "
+            "max_length, or their last token was joined with the answer's first): its answers to "
+            "them may be others than those that were measured"
         )
     registry.mark_verified(spec.name, version.version, tracking)
     registration = Registration(
@@ -46,8 +51,12 @@ def run(spec: RegisterSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
         version=version.version,
         run_id=version.run_id,
         model_uri=version.uri,
-        max_logit_difference=difference,
+        max_logit_difference=reloaded.difference,
         tolerance=TOLERANCE,
     )
     (out_dir / "registration.json").write_text(registration.model_dump_json(indent=1))
-    return {"format": "registration", **registration.model_dump(), "key": package.key}
+    return {
+        "format": "registration",
+        **registration.model_dump(),
+        "prompts_asked_alike": f"{reloaded.asked_alike}/{reloaded.rows}",
+    }

