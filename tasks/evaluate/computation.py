@@ -222,15 +222,18 @@ def costs_in_turns(trainees: dict[str, Trainee], batch: MicroBatch) -> dict[str,
                 if turn > 0:  # the first warms up, and allocates AdamW's moments
                     times[name].append(seconds)
             progress.advance()
-    return {
-        name: StepCost(
-            forward_flops=forward_flops(trainee.model, batch),
-            backward_flops=backward_flops(trainee.model, batch),
+    costs: dict[str, StepCost] = {}
+    for name, trainee in trainees.items():
+        with trainee.precision():
+            forward = forward_flops(trainee.model, batch)
+            backward = backward_flops(trainee.model, batch)
+        costs[name] = StepCost(
+            forward_flops=forward,
+            backward_flops=backward,
             micro_batch_s=statistics.median(passes for passes, _ in times[name]),
             optimiser_s=statistics.median(update for _, update in times[name]),
         )
-        for name, trainee in trainees.items()
-    }
+    return costs
 
 
 def full_fits(parameters: int) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ def measure(
         merged: the names of those that are merged.
     """
     results: list[Latency] = []
+    orders = list(permutations(models))
     rounds = len(evaluate.batch_sizes) * (WARM_UPS + evaluate.repeats)
     with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
         for batch_size in evaluate.batch_sizes:
@@ -71,9 +73,8 @@ def measure(
             batch = workload.inputs(rows, task, batch_size, length)
             times = {name: Times() for name in models}
             for turn in range(WARM_UPS + evaluate.repeats):
-                # Who goes first changes, so that no model always runs after the same other.
-                names = list(models)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                # Every order in turn: what a model leaves in the caches meets all others alike.
+                for name in orders[turn % len(orders)]:
                     sink = times[name] if turn >= WARM_UPS else Times()
                     time_once(models[name], batch, task, sink)
                 progress.advance()

@@ -28,7 +28,7 @@ from schemas.errors import StageError
 from schemas.report import Memory
 from schemas.stages import EvaluateSpec
 from tasks.core import runtime
-from tasks.core.models import MODEL_CLASSES, load_base, load_config
+from tasks.core.models import MODEL_CLASSES, load_config, load_trained
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
 from tasks.evaluate.batches import by_length, pad_id_of, right_padded, run_on
@@ -145,16 +145,20 @@ def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows) -> None:
 def settle(model_dir: Path, spec: EvaluateSpec, rows: TokenRows) -> None:
     """Let loading and running claim what they keep for good, without the subject's weights.
 
-    Its modules are imported by building its class on no device; a toy of the same task is
-    loaded and run, which starts thread pools and fills the libraries' own caches (10 to 20 MiB).
+    Its modules are imported by building its class on no device; a toy of the same task with an
+    adapter is loaded and run, which starts thread pools and fills the libraries' own caches
+    (10 to 20 MiB).
     """
-    import peft  # noqa: F401  (loading an adapter imports it)
+    from peft import LoraConfig, get_peft_model
 
     with torch.device("meta"):
         MODEL_CLASSES[spec.task].from_config(load_config(model_dir))
     with tempfile.TemporaryDirectory() as directory:
-        toy(spec.task, max(1024, int(rows.lengths.max()))).save_pretrained(directory)
-        work(load_base(Path(directory), spec.task, None, spec.dtype), spec, one_token(rows))
+        base, adapter = Path(directory, "base"), Path(directory, "adapter")
+        model = toy(spec.task, max(1024, int(rows.lengths.max())))
+        model.save_pretrained(base)
+        get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(adapter)
+        work(load_trained(base, adapter, spec.task, None, spec.dtype), spec, one_token(rows))
 
 
 def toy(task: str, positions: int) -> Any:

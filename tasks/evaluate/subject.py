@@ -23,7 +23,7 @@ class Subject:
     model_dir: `model/` of its entry; None for the base itself.
     trained: the train entry behind it, and its manifest; None for the base, and where the train
         entry of a merged model is no longer in the store.
-    head_seed: draws the classification head that the base lacks, as training draws it.
+    head_seed: draws the classification head that the base lacks.
     """
 
     kind: Literal["base", "candidate", "finished"]
@@ -64,7 +64,7 @@ class Subject:
         return load_trained(self.base, self.model_dir, self.task, self.labels, self.dtype)
 
     def load_base(self, dtype: Dtype | None = None) -> torch.nn.Module:
-        """The untouched base, with the head drawn as training draws it."""
+        """The untouched base, with a drawn head where the task asks for one."""
         model: torch.nn.Module = load_base(
             self.base, self.task, self.labels, dtype or self.dtype, head_seed=self.head_seed
         )

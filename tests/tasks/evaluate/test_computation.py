@@ -122,6 +122,18 @@ def test_a_step_of_rate_zero_learns_nothing(causal_lora) -> None:
         assert torch.equal(weight, before[name]), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flops_do_not_depend_on_the_dtype(classes_lora, dtype: str) -> None:
+    """A frozen base in bfloat16 under a head and adapters in float32, as they are trained."""
+    spec = classes_lora.spec.model_copy(update={"dtype": dtype})
+    subject = read_subject(spec, classes_lora.paths)
+    batch = micro_batch(classes_lora.test_rows, "sequence-classification", 64)
+    own, full = computation.step_costs(subject, batch, parameters=1)
+    reference = read_subject(classes_lora.spec, classes_lora.paths)
+    expected = computation.step_costs(reference, batch, parameters=1)
+    assert [own.flops, full.flops] == [cost.flops for cost in expected]
+
+
 def test_full_tuning_that_has_no_room_is_left_out_aloud(monkeypatch, capsys) -> None:
     monkeypatch.setattr(computation, "free_bytes", lambda: 100 << 20)
     assert computation.full_fits(1 << 20)
