@@ -39,6 +39,7 @@ class Promotion:
     entry: LedgerEntry | None
 
 
+@registry.server_errors()
 def promote(
     home: Path,
     name: str,
@@ -85,6 +86,7 @@ def promote(
     return Promotion(verdict, True, entry)
 
 
+@registry.server_errors()
 def rollback(home: Path, name: str, why: str = "rollback") -> LedgerEntry:
     """Give `champion` back to the version that the present one replaced when it was promoted.
 
@@ -105,6 +107,7 @@ def rollback(home: Path, name: str, why: str = "rollback") -> LedgerEntry:
     return entry
 
 
+@registry.server_errors()
 def champion(home: Path, name: str) -> str | None:
     """The version that `champion` names, or None."""
     client = registry.connect(registry.tracking_uri(home))

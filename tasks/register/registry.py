@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import UserError
+from schemas.errors import RetryableError, StageError, UserError
 from schemas.report import CriteriaReport
 
 if TYPE_CHECKING:
@@ -48,6 +51,26 @@ class VersionRecord:
     @property
     def uri(self) -> str:
         return f"models:/{self.name}/{self.version}"
+
+
+@contextmanager
+def server_errors() -> Iterator[None]:
+    """MLflow's errors as ours, without the password that a registry's address may hold.
+
+    Raises:
+        RetryableError: the server cannot be reached.
+        StageError: it answered with an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        # By name: what never spoke to MLflow has not imported it.
+        if type(error).__name__ not in ("MlflowException", "RestException"):
+            raise
+        text = re.sub(r"//[^/@\s]+@", "//", str(error))
+        if "failed with exception" in text:
+            raise RetryableError(f"the MLflow server does not answer: {text}") from None
+        raise StageError(f"MLflow: {text}") from None
 
 
 def tracking_uri(home: Path) -> str:
@@ -216,6 +239,7 @@ def record_of(client: MlflowClient, version: Any) -> VersionRecord:
     )
 
 
+@server_errors()
 def versions(home: Path, name: str) -> list[VersionRecord]:
     """The versions of a registered model, newest first.
 

@@ -16,6 +16,7 @@ from tasks.register.package import make_package
 from tasks.register.verify import TOLERANCE, reload
 
 
+@registry.server_errors()
 def run(spec: RegisterSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
     """Register the finished entry, load it back, compare, and make it the challenger.
 
@@ -23,6 +24,7 @@ def run(spec: RegisterSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
     made: there is one version for one finished model.
 
     Raises:
+        RetryableError: the registry is a server, and away.
         StageError: the reloaded version gives other logits; it keeps the tag verified=false.
     """
     tracking = os.environ["MLFLOW_TRACKING_URI"]

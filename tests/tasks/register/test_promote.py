@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.errors import StageError, UserError
+from schemas.errors import RetryableError, StageError, UserError
 from schemas.report import LedgerEntry
 from tasks.register.promote import champion, ledger, promote, rollback
 
@@ -78,6 +78,18 @@ def test_a_late_promotion_is_refused(home: Path, add_version: AddVersion) -> Non
     with pytest.raises(StageError, match="another promotion came first"):
         promote(home, NAME, two, "", GATE, expected=None)
     assert champion(home, NAME) == one
+
+
+def test_a_server_that_is_away_is_said_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:hunter2@127.0.0.1:9")
+    with pytest.raises(RetryableError, match="does not answer") as caught:
+        promote(tmp_path, NAME, "1", "", GATE)
+    assert "127.0.0.1:9" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__suppress_context__
 
 
 RIVAL = """
