@@ -12,6 +12,7 @@ README.md        the model card
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     finished = paths["finished"] / "model"
-    shutil.copytree(finished, directory / "model")
+    shutil.copytree(finished, directory / "model", copy_function=link_or_copy)
     report = CriteriaReport.model_validate_json((paths["evaluated"] / "criteria.json").read_bytes())
     data = DataReport.model_validate_json((paths["prepared"] / "data_report.json").read_bytes())
     is_adapter = (finished / "adapter_config.json").exists()
@@ -97,6 +98,14 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         example=example,
         requirements=requirements(is_adapter),
     )
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file of the store, for MLflow to copy from: it only reads it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def key_of_version(spec: RegisterSpec, manifests: dict[str, Manifest]) -> str:
