@@ -84,12 +84,20 @@ def _row(
 
 
 def marked(kind: Figure, values: dict[str, float], texts: dict[str, str]) -> dict[str, str]:
-    """Subject: best or worst. What reads the same is marked the same; all alike, none is."""
-    if kind.better is None or len({texts[name] for name in values}) < 2:
+    """Subject: best or worst. What reads the same is marked the same.
+
+    A mark that more than half of them would bear distinguishes nobody and is left out.
+    """
+    written = [texts[name] for name in values]
+    if kind.better is None or len(set(written)) < 2:
         return {}
     low, high = (texts[end(values, key=lambda name: values[name])] for end in (min, max))
     best, worst = (high, low) if kind.better == "higher" else (low, high)
-    marks = {best: "best", worst: "worst"}
+    marks = {
+        text: mark
+        for text, mark in ((best, "best"), (worst, "worst"))
+        if 2 * written.count(text) <= len(written)
+    }
     return {name: marks[texts[name]] for name in values if texts[name] in marks}
 
 

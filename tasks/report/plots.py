@@ -42,7 +42,7 @@ def styles(spec: PageSpec) -> dict[str, Style]:
     looks = {
         label: Style(
             COLOURS[i % len(COLOURS)],
-            SYMBOLS[i % len(SYMBOLS)],
+            SYMBOLS[(i + i // len(COLOURS)) % len(SYMBOLS)],
             DASHES[i // len(COLOURS) % len(DASHES)],
         )
         for i, label in enumerate(spec.labels)

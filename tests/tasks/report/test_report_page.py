@@ -179,3 +179,28 @@ def test_missing_entries_are_named_all_at_once(spec: PageSpec, entries: dict[str
         read_inputs(wrong, fewer)
     places = [problem.place for problem in caught.value.problems]
     assert places == ["paths['train:lora-r16']", "paths['evaluate:lora-r16']", "spec.selected"]
+
+
+def test_classification_decodes_nothing(spec: PageSpec, inputs: Inputs) -> None:
+    reports = {}
+    for name, report in inputs.reports.items():
+        prefill_only = {"token_p50_ms": None, "token_p95_ms": None, "token_ratio": None}
+        rows = [row.model_copy(update=prefill_only) for row in report.inference_overhead]
+        accuracy = report.accuracy.model_copy(
+            update={"metrics": {"accuracy": report.accuracy.metrics["exact_match"]}}
+        )
+        changed = {"inference_overhead": rows, "accuracy": accuracy}
+        reports[name] = report.model_copy(update=changed)
+    data = inputs.data.model_copy(
+        update={"task": "sequence-classification", "labels": {"lost_card": 40, "top_up": 35}}
+    )
+    goal = spec.model_copy(update={"goal": "accuracy"})
+    page = render(goal, Inputs(**(vars(inputs) | {"reports": reports, "data": data})))
+    assert page.count("nothing is decoded") == sum(
+        len(report.inference_overhead) for report in reports.values()
+    )
+    assert "2 labels, 35 to 40 rows each in train" in page
+    overhead = json.loads(Markup(page).scripts["figures"])["plot-overhead"]
+    assert overhead["layout"]["xaxis"]["title"]["text"] == "Prefill, batch 1 (× base)"
+    # The finished model was measured merged alone, and stands in the plot all the same.
+    assert {trace.get("name") for trace in overhead["data"]} >= {*spec.labels, "finished"}

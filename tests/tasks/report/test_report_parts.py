@@ -83,9 +83,13 @@ def test_best_and_worst_are_of_the_candidates_alone(spec: PageSpec, inputs: Inpu
 
 
 def test_what_reads_the_same_is_marked_the_same() -> None:
-    values = {"a": 0.9001, "b": 0.9002, "c": 0.8}
-    texts = {"a": "90.0", "b": "90.0", "c": "80.0"}
-    assert marked(figure("accuracy"), values, texts) == {"a": "best", "b": "best", "c": "worst"}
+    values = {"a": 0.9001, "b": 0.9002, "c": 0.8, "d": 0.85}
+    texts = {"a": "90.0", "b": "90.0", "c": "80.0", "d": "85.0"}
+    marks = {"a": "best", "b": "best", "c": "worst"}
+    assert marked(figure("accuracy"), values, texts) == marks
+    del values["d"]
+    # Two of three are best: only the one that is not stands out.
+    assert marked(figure("accuracy"), values, texts) == {"c": "worst"}
 
 
 def test_the_verdict_names_goal_interval_rows_and_base(spec: PageSpec, inputs: Inputs) -> None:
