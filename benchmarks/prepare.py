@@ -32,7 +32,7 @@ ROWS, QUICK_ROWS = 1_000_000, 100_000
 ROW_BYTES = 380
 
 #: Rows of the tokenising measurement, and how often both sides are timed, in turn.
-TOKENIZE_ROWS, REPEATS = 100_000, 5
+TOKENIZE_ROWS, QUICK_TOKENIZE_ROWS, REPEATS = 100_000, 20_000, 5
 
 #: Share of rows that repeat an earlier one, and of lines that are no JSON.
 DUPLICATES, BROKEN = 0.01, 0.001
@@ -93,7 +93,7 @@ def to_parquet(source: Path, out: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "rows": split.rows_in, "kept": kept}
 
 
-def tokenizing(parquet: Path) -> dict[str, float]:
+def tokenizing(parquet: Path, count: int) -> dict[str, float]:
     """Tokens a second of the stage and of the tokenizer alone, on the same texts, in turn."""
     import polars as pl
 
@@ -101,9 +101,9 @@ def tokenizing(parquet: Path) -> dict[str, float]:
     from tasks.prepare.reader import open_reader
     from tasks.prepare.tokenize import BATCH_ROWS, Batch, tokenize_split
 
-    rows = pl.read_parquet(parquet, n_rows=TOKENIZE_ROWS)
+    rows = pl.read_parquet(parquet, n_rows=count)
     source = Source(path="rows.jsonl")
-    data = Data(train=source, test=source, max_length=4096)
+    data = Data(train=source, test=source, max_length=512)
     reader = open_reader(QUICKSTART / "base", "causal-lm", data, {"chat"})
     text = reader.text_rules("chat")
     batches = [Batch(0, frame).render("chat", text, {}) for frame in rows.iter_slices(BATCH_ROWS)]
@@ -186,7 +186,8 @@ def main() -> None:
         source = folder / "rows.jsonl"
         make_rows(source, count)
         ingested = measured(to_parquet, source, folder)
-        tokenized = measured(tokenizing, folder / "rows.parquet")
+        some = QUICK_TOKENIZE_ROWS if arguments.quick else TOKENIZE_ROWS
+        tokenized = measured(tokenizing, folder / "rows.parquet", some)
         share = tokenized["stage"] / tokenized["baseline"]
         whole_run = count == ROWS
         seconds, peak = ingested["seconds"], ingested["peak_mib"]
