@@ -27,11 +27,12 @@ def words(text: str) -> list[str]:
 
 
 CITIES = words(
-    "Oslo Bergen Lisbon Porto Málaga Zürich Köln Graz Ghent Lyon Turin Kraków Brno Riga Tartu Turku "
-    "Malmö Aarhus Leeds Cork Bristol Denver Austin Boston Salem Perth Hobart Nagoya Osaka Lima "
-    "Quito Recife Accra Nairobi Tunis Izmir Haifa Pune Jaipur Hanoi Cebu Dakar Galway Bologna "
+    "Oslo Bergen Lisbon Porto Málaga Zürich Köln Graz Ghent Lyon Turin Kraków Brno Riga Tartu "
+    "Turku Malmö Aarhus Leeds Cork Bristol Denver Austin Boston Salem Perth Hobart Nagoya Osaka "
+    "Lima Quito Recife Accra Nairobi Tunis Izmir Haifa Pune Jaipur Hanoi Cebu Dakar Galway Bologna "
     "Seville Geneva Utrecht Gdańsk Vilnius Split"
-) + ["New York", "San Diego", "Cape Town", "The Hague", "Santa Fe", "Hong Kong"]
+)
+CITIES += ["New York", "San Diego", "Cape Town", "The Hague", "Santa Fe", "Hong Kong"]
 
 FIRST_NAMES = words(
     "Mara Jonas Lena Omar Priya Hugo Nadia Felix Ingrid Tomas Aisha Viktor Clara Diego Yuki Samir "
@@ -107,9 +108,10 @@ def draw_amount(rng: random.Random) -> tuple[str, str]:
 
 
 def draw_facts(rng: random.Random) -> Facts:
-    """What one document is about. `x` is the normal form of a fact, `x_said` how it is written.
+    """What one document is about, under the names of the slots.
 
-    A second of each kind (`x2`) differs from the first.
+    `order`, `amount` and `date` are normal forms; `Order`, `Amount` and `Date` are the same as
+    customers write them. There is a second of each kind: `order2`, `city2` …
     """
     facts: Facts = {}
     cities = rng.sample(CITIES, 2)
@@ -118,15 +120,15 @@ def draw_facts(rng: random.Random) -> Facts:
     for index, suffix in enumerate(("", "2")):
         order = str(rng.randint(10000, 99999))
         facts[f"order{suffix}"] = order
-        facts[f"order_said{suffix}"] = rng.choice(
+        facts[f"Order{suffix}"] = rng.choice(
             (order, f"#{order}", f"no. {order}", f"number {order}", f"nr {order}", order)
         )
         facts[f"city{suffix}"] = cities[index]
         facts[f"first{suffix}"] = firsts[index]
         facts[f"name{suffix}"] = f"{firsts[index]} {rng.choice(LAST_NAMES)}"
         facts[f"product{suffix}"] = f"{rng.choice(QUALITIES)} {things[index]}"
-        facts[f"amount{suffix}"], facts[f"amount_said{suffix}"] = draw_amount(rng)
-        facts[f"date{suffix}"], facts[f"date_said{suffix}"] = draw_date(rng)
+        facts[f"amount{suffix}"], facts[f"Amount{suffix}"] = draw_amount(rng)
+        facts[f"date{suffix}"], facts[f"Date{suffix}"] = draw_date(rng)
     return facts
 
 
@@ -162,16 +164,16 @@ GREETING = "[Hi|Hello|Good morning|Good evening|Hey|Dear team][,|.|!] "
 # What a customer writes, and what the agent replies.
 CHATS = (
     (
-        "[My parcel|My package|The delivery|My order] <order_said> [is late|has not come|never came|"
-        "is still not here].",
+        "[My parcel|My package|The delivery|My order] <Order> [is late|has not come|"
+        "never came|is still not here].",
         "[Sorry to hear that|I am sorry|Let me look]. Order <order> [left|has left] <city> on "
-        "<date_said> and [should be with you by|arrives on] <date_said2>.",
+        "<Date> and [should be with you by|arrives on] <Date2>.",
     ),
     (
-        "[Can I|May I|I would like to|I want to] [buy|order] a <product> [for|at] <amount_said>"
+        "[Can I|May I|I would like to|I want to] [buy|order] a <product> [for|at] <Amount>"
         "[| and send it to <city>]?",
-        "[Yes|Of course|Certainly], the <product> is <amount>[| today] and we ship it [from|out of] "
-        "<city2>.",
+        "[Yes|Of course|Certainly], the <product> is <amount>[| today] and we ship it "
+        "[from|out of] <city2>.",
     ),
     (
         "[I am|My name is|This is|It is] <name>[ from <city>|, I live in <city>].",
@@ -184,24 +186,24 @@ CHATS = (
         "costs <amount>.",
     ),
     (
-        "The <product> [came broken|is cracked|does not work|arrived in pieces]. [Order|It was order|"
-        "It is from order] <order_said>.",
+        "The <product> [came broken|is cracked|does not work|arrived in pieces]. "
+        "[Order|It was order|It is from order] <Order>.",
         "[That should not happen|How annoying]. I [will send|have sent] a new <product> for order "
         "<order>[| to <city>].",
     ),
     (
-        "[I paid|You took|My card shows] <amount_said> [on|for] <date_said>, [why|what is that for]?",
-        "[The amount|The payment|The charge] of <amount> on <date> [is for|belongs to] order <order>"
-        ", [a|one] <product>.",
+        "[I paid|You took|My card shows] <Amount> [on|for] <Date>, [why|what is that for]?",
+        "[The amount|The payment|The charge] of <amount> on <date> [is for|belongs to] order "
+        "<order>, [a|one] <product>.",
     ),
     (
-        "[Please|Could you] [send|bring|ship] [it|order <order_said>|my things] to <city> [on|by] "
-        "<date_said>.",
+        "[Please|Could you] [send|bring|ship] [it|order <Order>|my things] to <city> [on|by] "
+        "<Date>.",
         "[Done|Sure|All right]: [it|the parcel] goes to <city> on <date>[|, order <order>].",
     ),
     (
         "[I moved|We moved|I have moved] from <city> to <city2>. [My order is|The order is] "
-        "<order_said>.",
+        "<Order>.",
         "[Good luck in <city2>!|How nice.] Order <order> [now goes to|is sent to] <city2>, not "
         "<city>.",
     ),
@@ -211,25 +213,25 @@ CHATS = (
         "[difference|rest] is <amount>.",
     ),
     (
-        "[Ask|Tell|Let] <name> [to call me|to write to me|call me] on <date_said>[| about <order_said>].",
-        "[I will tell <first>|<first> will call you|<name> is told]. [The day is|You wrote] <date>.",
+        "[Ask|Tell] <name> [to call me|to write to me] on <Date>[| about <Order>].",
+        "[I will tell <first>|<first> will call you|<name> is told]. [It is|You wrote] <date>.",
     ),
     (
-        "[Who|Which driver] [brings|carries] order <order_said> to <city>?",
-        "<name2> [brings|carries] order <order>[| from <city2>] to <city>. [Call|Ask for] <first2>.",
+        "[Who|Which driver] [brings|carries] order <Order> to <city>?",
+        "<name2> [brings|carries] order <order>[| from <city2>] to <city>. Ask for <first2>.",
     ),
     (
-        "[Is|Was] <order_said> [the number of|for] the <product> or the <product2>?",
+        "[Is|Was] <Order> [the number of|for] the <product> or the <product2>?",
         "<order> is the <product>; <order2> is the <product2>.",
     ),
 )
 
 # The agent sums up what the customer said: facts by name, in any order.
 SUMMARY_ASKS = {
-    "order": "[|it is |about |for ]order <order_said>",
+    "order": "[|it is |about |for ]order <Order>",
     "city": "[in|to|from|near] <city>",
-    "amount": "[for|it was|I paid|worth] <amount_said>",
-    "date": "[on|by|before|since] <date_said>",
+    "amount": "[for|it was|I paid|worth] <Amount>",
+    "date": "[on|by|before|since] <Date>",
     "product": "[a|the|my|one] <product>",
     "name": "[I am|for|ask|name] <name>",
 }
@@ -247,7 +249,7 @@ FOLLOW_UPS = (
 
 STORY_OPENINGS = (
     "<first> lived in <city> [with|near|next to] <first2>.",
-    "[One morning|One evening|Last winter|In <month>] <first> [found|bought|lost] a <product> in <city>.",
+    "[One morning|Last winter|In <month>] <first> [found|bought|lost] a <product> in <city>.",
     "<first> and <first2> [ran|kept|opened] a [small|quiet|busy] shop in <city>.",
     "It was [raining|snowing|hot|windy] in <city> when <first> [met|called|wrote to] <first2>.",
     "Nobody in <city> had seen a <product> like [that of <first>|the one <first> had].",
@@ -260,10 +262,10 @@ STORY_MIDDLES = (
     "[They|<first> and <first2>] took the [train|bus|boat] from <city> to <city2>.",
     "<first> [put|hid|left] the <product> [under|behind|beside] the <product2>.",
     '"[Never|Do not] [sell|lose|touch] the <product>, <first>," [said|warned] <first2>.',
-    "[In the evening|After lunch|Later] <first> [cooked|read|slept] and <first2> [sang|worked|walked].",
+    "[After lunch|Later] <first> [cooked|read|slept] and <first2> [sang|worked|walked].",
     "A letter came from <city2>. [It was for <first>|<first2> had sent it|<first2> read it aloud].",
     "<first> [gave|sold|lent] the <product> to <first2> [for|and got] <amount>.",
-    "On <date_said> the <product2> [broke|was gone|fell], and <first2> [cried|was glad].",
+    "On <Date> the <product2> [broke|was gone|fell], and <first2> [cried|was glad].",
 )
 STORY_ENDINGS = (
     "[In the end|At last|So] <first> [kept|sold|found] the <product>.",
@@ -277,19 +279,19 @@ NOTES = (
     "<order> [leaves|goes out] on <date>.",
     "Price list. <product>: <amount>. <product2>: <amount2>. [The <product> costs <amount>.|The "
     "<product2> costs <amount2>.|Together: <product> and <product2>.]",
-    "Shelf <shelf> holds the <product>. Shelf <shelf2> holds the <product2>. [Take|For] the <product> "
-    "[from|go to] shelf <shelf>.",
-    "[Route|Tour] of <date_said>: <city>, <city2>. <first> drives to <city>; <first2> drives to <city2>. "
-    "[In <city>|For <city>]: order <order>. [In <city2>|For <city2>]: order <order2>.",
+    "Shelf <shelf> holds the <product>. Shelf <shelf2> holds the <product2>. "
+    "[Take|For] the <product> [from|go to] shelf <shelf>.",
+    "[Route|Tour] of <Date>: <city>, <city2>. <first> drives to <city>; <first2> drives "
+    "to <city2>. [In <city>|For <city>]: order <order>. [In <city2>|For <city2>]: order <order2>.",
     "Invoice <order>. Name: <name>. Amount: <amount>. Date: <date>. [Paid by|Thank you,] <name>.",
-    "The <product> is [light|strong|handy|soft|well made] and [made|sold] in <city>. [Buyers|People] in "
-    "<city> [like|love] this <product>. It costs <amount_said> (<amount>).",
-    "{<remark>} Return of <date_said> (<date>): the <product> of order <order> came back from <name> in "
-    "<city>. We [owe|pay] <first> <amount>.",
-    "Calendar. <date_said> is <date>. <date_said2> is <date2>. [On <date> <first> works.|On <date2> "
-    "<first2> works.]",
-    "Cash book: <amount_said> is <amount>; <amount_said2> is <amount2>. <name> paid <amount>. <name2> "
-    "paid <amount2>.",
+    "The <product> is [light|strong|handy|soft|well made] and [made|sold] in <city>. "
+    "[Buyers|People] in <city> [like|love] this <product>. It costs <Amount> (<amount>).",
+    "{<remark>} Return of <Date> (<date>): the <product> of order <order> came back from <name> "
+    "in <city>. We [owe|pay] <first> <amount>.",
+    "Calendar. <Date> is <date>. <Date2> is <date2>. "
+    "[On <date> <first> works.|On <date2> <first2> works.]",
+    "Cash book: <Amount> is <amount>; <Amount2> is <amount2>. <name> paid <amount>. "
+    "<name2> paid <amount2>.",
 )
 
 

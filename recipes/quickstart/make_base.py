@@ -12,6 +12,7 @@ import argparse
 import itertools
 import math
 import platform
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -30,13 +31,31 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 2048
 TOKENIZER_DOCUMENTS = 20_000
-HELDOUT_SEQUENCES = 128
+CONTEXT = 512
+BATCH_TOKENS = 2048
+STEP_SHARES = {"drills": 0.1, "single documents": 0.65, "packed": 0.25}
 WARMUP_SHARE = 0.05
 FINAL_LEARNING_RATE_SHARE = 0.05
+
+# What `build_in_copying` starts from; lengths are relative to an embedding's own length, 1.
+SHARED_LENGTH = 0.5
+NOTED_LENGTH = 2.0  # of the token before, as layer 0 writes it down
+COPIED_LENGTH = 8.0  # of the token that layer 1 copies
+PREVIOUS_LEAD = 10.0  # attention logits by which the token before leads its neighbours
+MATCH_SCORE = 20.0  # attention logit of a match
+FAST = 5  # frequencies that tell neighbours apart
+RANDOM_SHARE = 0.3  # of the usual random weights, left in queries and keys
+
+SPECIAL_TOKENS = (PAD, BOS, END, USER, ASSISTANT)
+IGNORED = -100  # a label that transformers leaves out of the loss
+
+#: Token ids and labels, both of B rows of T tokens.
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -65,7 +84,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
         texts,
         trainers.BpeTrainer(
             vocab_size=VOCABULARY,
-            special_tokens=[PAD, BOS, END, USER, ASSISTANT],
+            special_tokens=list(SPECIAL_TOKENS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -82,42 +101,190 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         additional_special_tokens=[USER, ASSISTANT],
         chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
 
 
-def packed(
-    tokenizer: PreTrainedTokenizerFast, texts: Iterator[str], sequences: int, length: int
-) -> torch.Tensor:
-    """`sequences` rows of `length` tokens: documents end to end, each `BOS … END`."""
+def drills(rng: torch.Generator) -> Batch:
+    """Random tokens, each row's own sequence twice, with or without a gap; only the second counts.
+
+    They keep copying general, of any token, where the documents alone would narrow it to the words
+    that they repeat.
+    """
+    rows, longest, widest_gap = 80, 10, 6
+    width = 2 * longest + widest_gap
+    ids_BT = torch.randint(len(SPECIAL_TOKENS), VOCABULARY, (rows, width), generator=rng)
+    labels_BT = torch.full_like(ids_BT, IGNORED)
+    for ids_T, labels_T in zip(ids_BT, labels_BT, strict=True):
+        length = int(torch.randint(3, longest + 1, (), generator=rng))
+        again = length + int(torch.randint(0, widest_gap + 1, (), generator=rng))
+        ids_T[again : again + length] = ids_T[:length].clone()
+        # The first repeated token cannot be foreseen.
+        labels_T[again + 1 : again + length] = ids_T[1:length]
+    return ids_BT, labels_BT
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> Iterator[list[list[int]]]:
+    """The tokens `BOS … END` of the next thousand documents, and the next."""
+    while True:
+        batch = [text.removesuffix(END) + END for text in itertools.islice(texts, 1000)]
+        yield tokenizer(batch)["input_ids"]
+
+
+def single_documents(
+    documents_ids: Iterator[list[list[int]]], rng: random.Random
+) -> Iterator[Batch]:
+    """One document a row, rows of like length together: nothing to attend to but the document."""
+    for ids in documents_ids:
+        ids.sort(key=len)
+        batches, rows = [], []
+        for row in ids:
+            if (len(rows) + 1) * len(row) > BATCH_TOKENS:
+                batches.append(rows)
+                rows = []
+            rows.append(row)
+        batches.append(rows)
+        rng.shuffle(batches)
+        for rows in batches:
+            ids_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+            # The padding token has the id 0 and lies behind the text, where nothing sees it.
+            yield ids_BT, ids_BT.masked_fill(ids_BT == 0, IGNORED)
+
+
+def packed(documents_ids: Iterator[list[list[int]]]) -> Iterator[Batch]:
+    """Documents end to end, in rows of CONTEXT tokens."""
     tokens: list[int] = []
-    while len(tokens) < sequences * length:
-        batch = [
-            text if text.endswith(END) else text + END for text in itertools.islice(texts, 2000)
-        ]
-        for ids in tokenizer(batch)["input_ids"]:
-            tokens.extend(ids)
-    return torch.tensor(tokens[: sequences * length], dtype=torch.int16).view(sequences, length)
+    for ids in documents_ids:
+        tokens.extend(itertools.chain.from_iterable(ids))
+        while len(tokens) >= BATCH_TOKENS:
+            ids_BT = torch.tensor(tokens[:BATCH_TOKENS]).view(-1, CONTEXT)
+            tokens = tokens[BATCH_TOKENS:]
+            yield ids_BT, ids_BT
+
+
+def training_batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Iterator[Batch]:
+    """`steps` batches of the three kinds, shuffled together; no document comes twice."""
+    rng = random.Random(seed)
+    drill_rng = torch.Generator().manual_seed(seed)
+    documents_ids = encoded(tokenizer, documents("pretrain", seed))
+    singles, rows = single_documents(documents_ids, rng), packed(documents_ids)
+    for kind in rng.choices(list(STEP_SHARES), list(STEP_SHARES.values()), k=steps):
+        if kind == "drills":
+            yield drills(drill_rng)
+        else:
+            yield next(singles if kind == "single documents" else rows)
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """3.7 M parameters; embeddings tied, two query heads to a key-value head."""
-    return LlamaForCausalLM(
+    hidden = 256
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=256,
+            hidden_size=hidden,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=768,
-            max_position_embeddings=512,
+            max_position_embeddings=CONTEXT,
+            # High, so that half of a head's frequencies hardly turn within the context.
+            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+            # Embeddings of length 1; the usual 0.02 is meant for wider models.
+            initializer_range=hidden**-0.5,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    build_in_copying(model)
+    return model
+
+
+def orthonormal(rows: int, columns: int) -> torch.Tensor:
+    """`rows` random directions of length 1 in `columns` dimensions, square to each other."""
+    return torch.linalg.qr(torch.randn(columns, rows))[0].T.contiguous()
+
+
+@torch.no_grad()
+def build_in_copying(model: LlamaForCausalLM) -> None:
+    """Start with an induction head in place, so that training refines copying, not discovers it.
+
+    Induction (Olsson et al. 2022, arXiv:2209.11895) goes on from `… a b … a` with `b`. From random
+    weights a model of this size finds it only after several million tokens. Built in, it copies
+    random tokens before the first step, and a run of minutes is enough. Two layers make it:
+
+    Layer 0 looks at the token before. Queries and keys see only the direction u that all embeddings
+    share, and the key is the query turned by one position: under RoPE the score at distance d is
+    sum_f cos(theta_f (d - 1)), highest at d = 1. The token found is written down turned by a
+    rotation S, apart from the token's own embedding.
+
+    Layer 1 matches a token against the tokens before the others: the query reads an embedding, the
+    key reads what layer 0 wrote, through S^T, both in slow frequencies only, where distance does
+    not count. What followed the same token is copied to the output.
+
+    H hidden width, D head width, F frequencies, Q all query heads' rows, K all key heads' rows.
+    """
+    config = model.config
+    hidden, head = config.hidden_size, config.head_dim
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    group = heads // key_heads
+    first, second, *rest = model.model.layers
+
+    def for_queries(weight_KH: torch.Tensor) -> torch.Tensor:
+        """The rows of each key head, once for each query head that shares it."""
+        return weight_KH.view(key_heads, head, hidden).repeat_interleave(group, 0).flatten(0, 1)
+
+    def mix(linear: torch.nn.Linear, weight: torch.Tensor) -> None:
+        linear.weight.mul_(RANDOM_SHARE).add_(weight)
+
+    shared_H = torch.nn.functional.normalize(torch.randn(hidden), dim=0)
+    embeddings_VH = model.model.embed_tokens.weight
+    embeddings_VH -= torch.outer(embeddings_VH @ shared_H, shared_H)
+    embeddings_VH += SHARED_LENGTH * shared_H
+
+    # RMSNorm gives a vector the length sqrt(hidden): this much of it falls to each unit of length.
+    unit = math.sqrt(hidden / (1 + SHARED_LENGTH**2))
+    half = head // 2
+    theta_F = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+
+    fast_F = theta_F[:FAST]
+    query_D, key_D = torch.zeros(head), torch.zeros(head)
+    query_D[:FAST] = 1.0
+    key_D[:FAST], key_D[half : half + FAST] = fast_F.cos(), fast_F.sin()
+    lead = (1 - fast_F.cos()).sum().item()  # of distance 1 over distances 0 and 2
+    strength = math.sqrt(PREVIOUS_LEAD * math.sqrt(head) / lead) / (unit * SHARED_LENGTH)
+    mix(first.self_attn.q_proj, strength * torch.outer(query_D.repeat(heads), shared_H))
+    mix(first.self_attn.k_proj, strength * torch.outer(key_D.repeat(key_heads), shared_H))
+
+    copied_KH = orthonormal(key_heads * head, hidden)
+    turn_HH = orthonormal(hidden, hidden)
+    first.self_attn.v_proj.weight.copy_(copied_KH * NOTED_LENGTH / unit)
+    first.self_attn.o_proj.weight.copy_(turn_HH @ for_queries(copied_KH).T / group)
+
+    # Half of an embedding's square lies in the copied directions, as these are half of all.
+    unit = math.sqrt(hidden / (1 + SHARED_LENGTH**2 + NOTED_LENGTH**2 / 2))
+    slow = half - FAST
+    read = torch.zeros(key_heads, head, hidden)
+    rows = orthonormal(key_heads * 2 * slow, key_heads * head) @ copied_KH
+    read[:, FAST:half], read[:, half + FAST :] = rows.view(key_heads, 2, slow, hidden).unbind(1)
+    read_KH = read.flatten(0, 1)
+    strength = math.sqrt(
+        MATCH_SCORE * math.sqrt(head) / (unit**2 * NOTED_LENGTH * 2 * slow / hidden)
+    )
+    mix(second.self_attn.q_proj, strength * for_queries(read_KH))
+    mix(second.self_attn.k_proj, strength * read_KH @ turn_HH.T)
+
+    output_KH = orthonormal(key_heads * head, hidden)
+    second.self_attn.v_proj.weight.copy_(output_KH * COPIED_LENGTH / unit)
+    second.self_attn.o_proj.weight.copy_(for_queries(output_KH).T / group)
+
+    # Everything else starts almost silent, so as not to cover what was built.
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.mul_(0.1)
+    for layer in rest:
+        layer.self_attn.o_proj.weight.mul_(0.1)
 
 
 def learning_rate_share(step: int, steps: int) -> float:
@@ -130,98 +297,94 @@ def learning_rate_share(step: int, steps: int) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def sequence_loss(model: LlamaForCausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy (nats a token) of B packed sequences of T tokens."""
-    ids_BT = ids_BT.long()
+def batch_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy, nats a token."""
+    ids_BT, labels_BT = batch
     with torch.autocast("cpu", torch.bfloat16):
-        return model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        return model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
 
 
 @torch.no_grad()
-def heldout_loss(model: LlamaForCausalLM, ids_ST: torch.Tensor) -> float:
-    """Mean cross-entropy (nats a token) over S held-out sequences."""
-    model.eval()
-    losses = [sequence_loss(model, batch) for batch in ids_ST.split(32)]
-    model.train()
-    return torch.stack(losses).mean().item()
+def mean_loss(model: LlamaForCausalLM, batches: list[Batch]) -> float:
+    """Mean cross-entropy over batches of equal size, nats a token."""
+    return torch.stack([batch_loss(model, batch) for batch in batches]).mean().item()
 
 
 def pretrain(
     model: LlamaForCausalLM,
-    train_ST: torch.Tensor,
-    heldout_ST: torch.Tensor,
+    batches: Iterator[Batch],
+    heldout: dict[str, list[Batch]],
     steps: int,
     learning_rate: float,
-) -> None:
-    """AdamW over `steps` equal batches, in the order of the corpus."""
+) -> int:
+    """AdamW over `steps` batches; the number of tokens that were read."""
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     kept = [weight for weight in model.parameters() if weight.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
         lr=learning_rate,
         betas=(0.9, 0.95),
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_share(step, steps)
     )
-    started = time.perf_counter()
-    for step, batch_BT in enumerate(train_ST.chunk(steps), start=1):
-        loss = sequence_loss(model, batch_BT)
+    started, tokens = time.perf_counter(), 0
+    for step, batch in enumerate(batches, start=1):
+        loss = batch_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps:
-            seconds = time.perf_counter() - started
+        tokens += batch[0].numel()
+        if step % 100 == 0 or step == steps:
+            losses = {name: round(mean_loss(model, part), 3) for name, part in heldout.items()}
+            speed = tokens / (time.perf_counter() - started)
             print(
-                f"step {step}/{steps}  loss {loss.item():.3f}  "
-                f"{step * batch_BT.numel() / seconds:,.0f} tokens/s",
+                f"step {step}/{steps}  loss {loss.item():.3f}  held out {losses}  "
+                f"{tokens:,} tokens, {speed:,.0f} a second",
                 flush=True,
             )
-        if step % 300 == 0:
-            print(f"held-out loss {heldout_loss(model, heldout_ST):.4f}", flush=True)
+    return tokens
 
 
-def build(
-    out: Path, steps: int, seed: int, batch_sequences: int, length: int, learning_rate: float
-) -> None:
-    """Write the whole base to `out`, replacing what is there but its README."""
+def build(out: Path, steps: int, seed: int, learning_rate: float) -> None:
+    """Write the whole base to `out`; other files there, such as its README, stay."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(itertools.islice(documents("pretrain", seed), TOKENIZER_DOCUMENTS))
-    train_ST = packed(tokenizer, documents("pretrain", seed), steps * batch_sequences, length)
-    heldout_ST = packed(tokenizer, documents("heldout", seed), HELDOUT_SEQUENCES, length)
     model = new_model(tokenizer)
-    print(
-        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary, "
-        f"{train_ST.numel():,} training tokens"
-    )
+    unseen = encoded(tokenizer, documents("heldout", seed))
+    heldout = {
+        "documents": list(itertools.islice(single_documents(unseen, random.Random(seed)), 8)),
+        "packed": list(itertools.islice(packed(unseen), 8)),
+        "drills": [drills(torch.Generator().manual_seed(seed + 1))],
+    }
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
 
-    pretrain(model, train_ST, heldout_ST, steps, learning_rate)
+    pretrain(model, training_batches(tokenizer, steps, seed), heldout, steps, learning_rate)
 
     model.to(torch.bfloat16)
-    loss = heldout_loss(model, heldout_ST)
-    print(f"held-out loss {loss:.4f}, perplexity {math.exp(loss):.3f} (weights in bf16)")
+    loss = mean_loss(model, heldout["packed"])
+    print(f"held out, packed: loss {loss:.4f}, perplexity {math.exp(loss):.3f} (weights in bf16)")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(partial.iterdir()):
+        path.chmod(0o644)
         path.replace(out / path.name)
     partial.rmdir()
-    size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{out}: {size:,} bytes")
+    print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()):,} bytes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-sequences", type=int, default=32)
-    parser.add_argument("--length", type=int, default=256, help="tokens a packed sequence")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=3)
     args = parser.parse_args()
 
@@ -229,7 +392,7 @@ def main() -> None:
     versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
     print(f"python {platform.python_version()}, {versions}")
     print(f"cpu {torch.backends.cpu.get_cpu_capability()}, {vars(args)}")
-    build(args.out, args.steps, args.seed, args.batch_sequences, args.length, args.learning_rate)
+    build(args.out, args.steps, args.seed, args.learning_rate)
 
 
 if __name__ == "__main__":
