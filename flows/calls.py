@@ -33,7 +33,6 @@ from schemas.stages import (
     TrainSpec,
 )
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
-from tasks.core.files import sha256_json
 
 
 class Made(Protocol):
@@ -142,7 +141,7 @@ class Calls:
             recipe_name=recipe.name,
             base={"model": recipe.base.model, "revision": recipe.base.revision},
             max_new_tokens=recipe.evaluate.max_new_tokens,
-            tracking=sha256_json(self.home.tracking_uri),
+            tracking=self.home.registry,
         )
         inputs = {"prepared": rows, "finished": finished, "evaluated": evaluated}
         return self._step(spec, "registration", inputs, self._with_base, self._weights)

@@ -9,10 +9,12 @@ cache/      hashes and machine facts, remembered
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import UserError
+from tasks.core.files import sha256_json, write_atomic
 
 DEFAULT = Path(".peftflow")
 ROOMS = ("store", "mlflow", "prefect", "runs", "reports", "logs", "cache")
@@ -68,6 +70,13 @@ class Home:
         local = f"sqlite:///{self.root / 'mlflow' / 'mlflow.db'}"
         return os.environ.get("MLFLOW_TRACKING_URI") or local
 
+    @property
+    def registry(self) -> str:
+        """Which registry this is: one that was deleted and made anew is another."""
+        mark = self.root / "mlflow" / "id"
+        local = mark.read_text() if self.tracking_uri.startswith("sqlite:") else ""
+        return sha256_json([self.tracking_uri, local])
+
     def open(self) -> None:
         """Make the rooms and prove that they can be written to.
 
@@ -80,6 +89,9 @@ class Home:
                 (self.root / room).mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"peftflow")
             probe.unlink()
+            mark = self.root / "mlflow" / "id"
+            if not mark.exists():
+                write_atomic(mark, secrets.token_hex(16))
         except OSError as error:
             raise UserError.at(
                 self.root,

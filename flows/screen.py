@@ -138,7 +138,11 @@ class Screen:
                 label, total=event["total"], completed=event["done"], unit=event["unit"], figures=""
             )
         self._progress.update(
-            self._bars[label], completed=event["done"], total=event["total"], figures=figures
+            self._bars[label],
+            completed=event["done"],
+            total=event["total"],
+            figures=figures,
+            visible=event["done"] < event["total"],
         )
 
 

@@ -19,7 +19,7 @@ def aliases(home: Home, version: Registration) -> list[str]:
     versions = [
         int(entry.facts["version"])
         for entry in Store(home.store).entries("register")
-        if entry.facts["name"] == version.name
+        if entry.facts["name"] == version.name and entry.manifest.spec["tracking"] == home.registry
     ]
     found = ["challenger"] if int(version.version) >= max(versions, default=0) else []
     entries = ledger(home.root, version.name)

@@ -19,7 +19,7 @@ from flows.screen import Screen, console
 from flows.work import Bench
 from schemas.load import load_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 #: Seconds for a machine that is busy with other tests as well.
 PATIENCE_S = 240.0

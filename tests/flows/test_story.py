@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,12 @@ def test_where_things_lie_changes_nothing_and_their_content_does(
     with (moved / "train.jsonl").open("a") as file:
         file.write('{"prompt": "c", "completion": "d"}\n')
     assert set(before) - changed(before, keys(calls(moved))) == {"inspect"}
+
+
+def test_a_registry_that_was_deleted_is_filled_again(place: Path) -> None:
+    before = keys(calls(place))
+    shutil.rmtree(place / "home" / "mlflow")
+    assert changed(before, keys(calls(place))) == {"register"}
 
 
 def test_a_model_card_beside_the_weights_changes_nothing(place: Path) -> None:

@@ -16,7 +16,7 @@ from flows.home import Home
 from flows.records import records
 from flows.servers import answers, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("end-to-end")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("end-to-end")]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def served(ended: Any, home: Path, peftflow: Any) -> Iterator[Home]:
     """The home of a run that is done, with its servers up."""
-    up = peftflow("up", "--home", home)
-    assert up.code == 0, up.err + up.out
-    yield Home(home)
-    peftflow("down", "--home", home)
+    try:
+        up = peftflow("up", "--home", home)
+        assert up.code == 0, up.err + up.out
+        yield Home(home)
+    finally:
+        peftflow("down", "--home", home)
 
 
 def prefect(served: Home, *arguments: str) -> str:
@@ -67,29 +69,16 @@ def test_a_worker_runs_the_weekly_deployment(served: Home, tiny: Path, ended: An
     [deployment] = api(served, "/deployments/filter", {})
     assert deployment["name"] == "weekly"
     assert deployment["schedules"][0]["schedule"]["cron"] == "0 5 * * 1"
-    refused = served.root / "refused.yaml"
-    refused.write_text(tiny.read_text().replace("rank: 4", "rank: 100000"))
-    for recipe in (tiny, refused):
-        prefect(served, "deployment", "run", "peftflow/weekly", "--param", f"recipe={recipe}")
+    prefect(served, "deployment", "run", "peftflow/weekly", "--param", f"recipe={tiny}")
     prefect(served, "worker", "start", "--pool", "peftflow", "--type", "process", "--run-once")
     by_worker = {"deployments": {"id": {"any_": [deployment["id"]]}}}
-    done = {
-        run["name"]: run for run in api(served, "/flow_runs/filter", by_worker) if run["start_time"]
-    }
-    assert {name: run["state_type"] for name, run in done.items()} == {
-        "tiny": "COMPLETED",
-        "refused": "FAILED",
-    }
-    assert "rank" in done["refused"]["state"]["message"]
-
-    mine = {"flow_runs": {"id": {"any_": [done["tiny"]["id"]]}}}
-    tasks = api(served, "/task_runs/filter", mine)
+    [run] = [run for run in api(served, "/flow_runs/filter", by_worker) if run["start_time"]]
+    assert (run["name"], run["state_type"]) == ("tiny", "COMPLETED")
+    tasks = api(served, "/task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
     assert {(task["state_type"], task["state_name"]) for task in tasks} == {("COMPLETED", "Cached")}
     assert len(tasks) == len(ended.record["stages"])
-
     states = {record.prefect_flow_run: record.state for record in records(served)}
-    assert states[done["tiny"]["id"]] == "done"
-    assert states[done["refused"]["id"]] == "wrong-input"
+    assert states[run["id"]] == "done"
 
 
 def test_down_stops_both_and_leaves_no_process(
