@@ -10,6 +10,7 @@ Shapes: B rows, L the longest of them, N answer tokens (or rows, for classificat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +22,52 @@ from tasks.core.tokens import TokenRows
 Rows = NDArray[np.int64]
 
 
+#: What a row that only fills a batch has for a label.
+IGNORED = -100
+#: Batches are filled up to multiples of these, so that products have few different shapes:
+#: oneDNN compiles, and keeps about 1 MB of code, for every new one.
+TOKEN_ALIGN = 64
+ROW_ALIGN = 8
+#: Rows of a product from which one core is at full speed.
+FULL_SPEED_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a step become micro-batches.
+
+    workers: micro-batches that run at the same time.
+    budget: padded tokens of one.
+    packed: rows end to end (causal models), or one below the other with padding.
+    pad_id: what fills.
+    """
+
+    workers: int
+    budget: int
+    packed: bool
+    pad_id: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward pass.
 
-    input_ids_BL: right-padded, or one packed row [1, T].
-    attention_mask_BL: None where no real token can see padding (causal models).
-    position_ids_BL: set for packed rows, each of which starts at 0.
+    input_ids_BL: right-padded rows, or packed ones in a single row [1, T].
+    tokens: real tokens, padding excluded.
     predict_N: for a causal task, positions in the flattened [B * L] whose next token is learned.
     targets_N: those next tokens; the labels for classification.
-    tokens: real tokens, padding excluded.
+    attention_mask_BL: None where no real token can see padding.
+    position_ids_BL: of packed rows, each of which starts at 0.
+    row_ends: [rows + 1], from 0: where packed rows begin and end.
     """
 
     input_ids_BL: torch.Tensor
-    attention_mask_BL: torch.Tensor | None
-    position_ids_BL: torch.Tensor | None
-    predict_N: torch.Tensor | None
-    targets_N: torch.Tensor
     tokens: int
+    predict_N: torch.Tensor | None = None
+    targets_N: torch.Tensor | None = None
+    attention_mask_BL: torch.Tensor | None = None
+    position_ids_BL: torch.Tensor | None = None
+    row_ends: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -49,11 +78,12 @@ class Batch:
 
         return Batch(
             self.input_ids_BL.to(device, non_blocking=True),
+            self.tokens,
+            move(self.predict_N),
+            move(self.targets_N),
             move(self.attention_mask_BL),
             move(self.position_ids_BL),
-            move(self.predict_N),
-            self.targets_N.to(device, non_blocking=True),
-            self.tokens,
+            move(self.row_ends),
         )
 
 
@@ -88,67 +118,113 @@ class Plan:
         return [np.asarray(part, dtype=np.int64) for part in np.split(order, cuts)]
 
 
-def micro_batches(rows: Rows, lengths: NDArray[np.int64], padded_tokens: int) -> list[Rows]:
-    """The rows of a step, longest first, in groups of at most `padded_tokens` with padding.
+def deal(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[list[Rows]]:
+    """The micro-batches of one step, by worker: each row once, each worker about as much.
 
-    A row longer than that is a group of its own. Longest first, so that memory peaks at once.
+    No micro-batch is larger than the layout's budget, but for a single row that is.
     """
     ordered = rows[np.argsort(-lengths[rows], kind="stable")]
+    cut = _packs if layout.packed else _padded_groups
+    shares: list[list[Rows]] = [[] for _ in range(layout.workers)]
+    for number, group in enumerate(cut(ordered, lengths, layout)):
+        shares[_snake(number, layout.workers)].append(group)
+    return [share for share in shares if share]
+
+
+def _packs(ordered: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[Rows]:
+    """Rows dealt to equal packs: long ones with short ones."""
+    total = int(lengths[ordered].sum())
+    rounds = -(-total // (layout.workers * layout.budget))
+    while True:
+        count = min(rounds * layout.workers, len(ordered))
+        pack = _snake(np.arange(len(ordered)), count)
+        tokens = np.bincount(pack, weights=lengths[ordered], minlength=count)
+        if count == len(ordered) or tokens.max() <= layout.budget:
+            return [ordered[pack == number] for number in range(count)]
+        rounds += 1
+
+
+def _padded_groups(ordered: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[Rows]:
+    """Neighbours in length, so that there is little padding; about one budget each."""
+    share = -(-int(lengths[ordered].sum()) // layout.workers)
+    budget = min(layout.budget, max(share, FULL_SPEED_TOKENS))
     groups = []
     start = 0
     while start < len(ordered):
-        count = max(1, padded_tokens // int(lengths[ordered[start]]))
+        count = max(1, budget // _padded_length(int(lengths[ordered[start]])))
+        count = count // ROW_ALIGN * ROW_ALIGN or count
         groups.append(ordered[start : start + count])
         start += count
     return groups
 
 
+def _snake(number: Any, count: int) -> Any:
+    """0 1 2 2 1 0 0 1 2 …: what sorted things are dealt by, so that the piles are equal."""
+    turn, place = np.divmod(number, count)
+    return np.where(turn % 2 == 0, place, count - 1 - place)
+
+
+def _padded_length(length: int) -> int:
+    align = ROW_ALIGN if length <= 64 else 32
+    return -(-length // align) * align
+
+
 def collate(rows: TokenRows, index: Rows, task: str, pad_id: int) -> Batch:
-    """Right-padded tensors of some rows, made by indexing, with no loop over them."""
+    """Right-padded tensors of some rows, made by indexing, with no loop over them.
+
+    For classification the batch is filled up to a multiple of `ROW_ALIGN` rows with ones that
+    do not count.
+    """
     length_B = rows.lengths[index]
-    column_L = np.arange(int(length_B.max()))
+    column_L = np.arange(_padded_length(int(length_B.max())))
     real_BL = column_L < length_B[:, None]
     flat_BL = np.where(real_BL, rows.offsets[index][:, None] + column_L, 0)
     input_ids_BL = np.where(real_BL, rows.input_ids[flat_BL], pad_id).astype(np.int64)
     tokens = int(length_B.sum())
-    if task != "causal-lm":
-        assert rows.labels is not None
+    if task == "causal-lm":
+        assert rows.loss_mask is not None
+        # Causal attention never looks right, where the padding is: no mask.
+        learned_BL = real_BL & (rows.loss_mask[flat_BL] != 0)
         return Batch(
-            torch.from_numpy(input_ids_BL),
-            None if real_BL.all() else torch.from_numpy(real_BL.astype(np.int64)),
-            None,
-            None,
-            torch.from_numpy(rows.labels[index]),
-            tokens,
+            torch.from_numpy(input_ids_BL), tokens, *_next_tokens(input_ids_BL, learned_BL)
         )
-    assert rows.loss_mask is not None
-    learned_BL = real_BL & (rows.loss_mask[flat_BL] != 0)
-    predict_N, targets_N = _next_tokens(input_ids_BL, learned_BL)
-    return Batch(torch.from_numpy(input_ids_BL), None, None, predict_N, targets_N, tokens)
+    assert rows.labels is not None
+    fill = -len(index) % ROW_ALIGN if len(index) > ROW_ALIGN else 0
+    input_ids_BL = np.pad(input_ids_BL, ((0, fill), (0, 0)), constant_values=pad_id)
+    real_BL = np.pad(real_BL, ((0, fill), (0, 0)))
+    real_BL[:, 0] = True
+    return Batch(
+        torch.from_numpy(input_ids_BL),
+        tokens,
+        targets_N=torch.from_numpy(np.pad(rows.labels[index], (0, fill), constant_values=IGNORED)),
+        attention_mask_BL=None if real_BL.all() else torch.from_numpy(real_BL.astype(np.int64)),
+    )
 
 
-def collate_packed(rows: TokenRows, index: Rows) -> Batch:
-    """Causal rows end to end in one row [1, T] with no padding.
+def collate_packed(rows: TokenRows, index: Rows, pad_id: int = 0) -> Batch:
+    """Causal rows end to end in one row [1, T], filled up to a multiple of `TOKEN_ALIGN`.
 
-    Each row's positions start at 0. From that the model's attention mask keeps rows apart
-    (transformers' packed-sequence detection: batch of one, no attention mask).
+    Each row's positions start at 0, and `row_ends` says where it is. The fill is a row of its
+    own of which nothing is learned.
     """
     assert rows.loss_mask is not None
     length_B = rows.lengths[index]
-    starts_B = np.cumsum(length_B) - length_B
-    position_T = np.arange(int(length_B.sum())) - np.repeat(starts_B, length_B)
-    flat_T = np.repeat(rows.offsets[index], length_B) + position_T
-    ids_1T = rows.input_ids[flat_T].astype(np.int64)[None]
+    tokens = int(length_B.sum())
+    fill = -tokens % TOKEN_ALIGN
+    ends = np.concatenate([[0], np.cumsum(length_B), [tokens + fill] if fill else []])
+    position_T = np.arange(tokens + fill) - np.repeat(ends[:-1], np.diff(ends).astype(np.int64))
+    flat_T = np.repeat(rows.offsets[index], length_B) + position_T[:tokens].astype(np.int64)
+    ids_T = np.full(tokens + fill, pad_id, dtype=np.int64)
+    ids_T[:tokens] = rows.input_ids[flat_T]
+    learned_T = np.zeros(tokens + fill, dtype=bool)
     # The first token of a row is nobody's next token, even if the mask says so.
-    learned_1T = ((rows.loss_mask[flat_T] != 0) & (position_T > 0))[None]
-    predict_N, targets_N = _next_tokens(ids_1T, learned_1T)
+    learned_T[:tokens] = (rows.loss_mask[flat_T] != 0) & (position_T[:tokens] > 0)
     return Batch(
-        torch.from_numpy(ids_1T),
-        None,
-        torch.from_numpy(position_T[None]),
-        predict_N,
-        targets_N,
-        int(length_B.sum()),
+        torch.from_numpy(ids_T[None]),
+        tokens,
+        *_next_tokens(ids_T[None], learned_T[None]),
+        position_ids_BL=torch.from_numpy(position_T[None].astype(np.int64)),
+        row_ends=torch.from_numpy(ends.astype(np.int32)),
     )
 
 

@@ -47,11 +47,17 @@ class Checkpoints:
     """The checkpoints of one run in one directory.
 
     identity: a hash of all that decides the run's result; those of another run are not used.
+    threads: with which the run began, or else those of this process. Sums depend on them.
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
         self.directory = directory
         self.identity = identity
+        self._newest = self._find_newest()
+        self.threads = torch.get_num_threads()
+        if self._newest is not None and (began := self._newest[1]["threads"]) != self.threads:
+            warn(f"this run began with {began} threads, not {self.threads}, and goes on with them")
+            self.threads = began
 
     def save(
         self,
@@ -71,7 +77,7 @@ class Checkpoints:
         save_file({name: value.contiguous() for name, value in tensors.items()}, work / TENSORS)
         record = {
             "identity": self.identity,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
             "step": state.step,
             "tokens": state.tokens,
             "seconds": state.seconds,
@@ -93,19 +99,26 @@ class Checkpoints:
     def restore(
         self, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> RunState | None:
-        """Put the newest whole checkpoint back, or None. A damaged one is passed over, aloud."""
+        """Put the newest whole checkpoint back, or None where there is none."""
+        if self._newest is None:
+            return None
+        path, record = self._newest
+        say(f"going on from step {record['step']} ({path.name})")
+        return _put_back(path, record, weights, optimizer)
+
+    def _find_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint of this run. A damaged one is passed over, aloud."""
         self._clear_unfinished()
         for path in self._found():
             problem = _damage(path)
-            if problem is None:
-                record = json.loads((path / STATE).read_text())
-                if record["identity"] != self.identity:
-                    warn(f"{path} is a checkpoint of another run (its spec differs); removed")
-                    shutil.rmtree(path)
-                    continue
-                say(f"going on from step {record['step']} ({path.name})")
-                return _put_back(path, record, weights, optimizer)
-            warn(f"{path} is damaged ({problem}); going back to the checkpoint before it")
+            if problem is not None:
+                warn(f"{path} is damaged ({problem}); going back to the checkpoint before it")
+                shutil.rmtree(path)
+                continue
+            record = json.loads((path / STATE).read_text())
+            if record["identity"] == self.identity:
+                return path, record
+            warn(f"{path} is a checkpoint of another run (its spec or rows differ); removed")
             shutil.rmtree(path)
         return None
 
@@ -147,12 +160,6 @@ def _put_back(
             slots.setdefault(int(index), {})[slot] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    if record["threads"] != torch.get_num_threads():
-        warn(
-            f"this run began with {record['threads']} threads and goes on with as many, "
-            "because sums depend on their number"
-        )
-        torch.set_num_threads(record["threads"])
     _restore_rng(tensors, record["rng"])
     curve = [CurvePoint.model_validate(point) for point in record["curve"]]
     return RunState(record["step"], record["tokens"], record["seconds"], curve)

@@ -9,7 +9,7 @@ is what a checkpoint holds.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,11 +23,12 @@ from schemas.recipe import Train
 from schemas.report import CurvePoint
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
-from tasks.train.batching import Batch, Rows, collate, collate_packed, micro_batches
+from tasks.train.batching import Batch, Layout, Rows, collate, collate_packed, deal
 from tasks.train.checkpoint import Checkpoints, RunState
 from tasks.train.loss import loss_sum
 from tasks.train.schedule import learning_rate, total_steps, warmup_steps
 from tasks.train.watch import check_diverged, check_finite
+from tasks.train.workers import Workers
 
 
 class StepPlan(Protocol):
@@ -44,8 +45,8 @@ class Job:
     """What a run trains on, and how.
 
     answers: what each row adds to the loss's denominator, [rows] (`batching.answer_tokens`).
-    micro_batch_tokens: padded tokens of one forward pass.
-    pack: rows end to end with no padding, for attention that keeps them apart at no cost (CUDA).
+    layout: how the rows of a step are cut into forward passes.
+    dtype: of the products; `accelerator` has the device and the autocast that goes with it.
     chance: the loss of guessing, where the task has one.
     """
 
@@ -54,22 +55,20 @@ class Job:
     plan: StepPlan
     task: str
     train: Train
+    accelerator: Accelerator
     dtype: torch.dtype
-    micro_batch_tokens: int
-    pad_id: int
-    pack: bool = False
+    layout: Layout
     chance: float | None = None
 
     @property
     def steps(self) -> int:
         return total_steps(self.train, self.plan.steps_per_epoch)
 
-    def batches(self, rows: Rows) -> Iterator[Batch]:
-        for part in micro_batches(rows, self.rows.lengths, self.micro_batch_tokens):
-            if self.pack:
-                yield collate_packed(self.rows, part)
-            else:
-                yield collate(self.rows, part, self.task, self.pad_id)
+    def batch(self, rows: Rows) -> Batch:
+        """The tensors of one micro-batch."""
+        if self.layout.packed:
+            return collate_packed(self.rows, rows, self.layout.pad_id)
+        return collate(self.rows, rows, self.task, self.layout.pad_id)
 
 
 def train(
@@ -77,7 +76,6 @@ def train(
     weights: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     job: Job,
-    accelerator: Accelerator,
     checkpoints: Checkpoints | None = None,
     state: RunState | None = None,
 ) -> RunState:
@@ -88,6 +86,7 @@ def train(
     """
     state = state or RunState()
     warmup = warmup_steps(job.train, job.steps)
+    workers = Workers(job.layout.workers, list(weights.values()))
     began, before = time.monotonic(), state.seconds
     saved = time.monotonic()
     epoch, steps = -1, []
@@ -97,7 +96,7 @@ def train(
                 epoch = state.step // job.plan.steps_per_epoch
                 steps = list(job.plan.epoch(epoch))
             rows = steps[state.step % job.plan.steps_per_epoch]
-            point = _step(model, weights, optimizer, job, accelerator, state, rows)
+            point = _step(model, optimizer, workers, job, state, rows)
             check_finite(point)
             state.step, state.tokens = point.step, point.tokens
             state.seconds = before + time.monotonic() - began
@@ -108,15 +107,15 @@ def train(
             if checkpoints is not None and due and state.step < job.steps:
                 checkpoints.save(state, weights, optimizer)
                 saved = time.monotonic()
+    workers.close()
     return state
 
 
 def _step(
     model: nn.Module,
-    weights: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    workers: Workers,
     job: Job,
-    accelerator: Accelerator,
     state: RunState,
     rows: Rows,
 ) -> CurvePoint:
@@ -126,15 +125,14 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     answers = int(job.answers[rows].sum())
-    loss = torch.zeros((), device=accelerator.device)
-    tokens = 0
-    for batch in job.batches(rows):
-        with accelerator.autocast():
-            part = loss_sum(model, batch.to(accelerator.device), job.dtype) / answers
-        part.backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
-        tokens += batch.tokens
-    norm = torch.nn.utils.clip_grad_norm_(weights.values(), job.train.max_grad_norm)
+
+    def loss_of(part: Rows) -> torch.Tensor:
+        batch = job.batch(part).to(job.accelerator.device)
+        with job.accelerator.autocast():
+            return loss_sum(model, batch, job.dtype) / answers
+
+    loss = workers.backward(deal(rows, job.rows.lengths, job.layout), loss_of)
+    norm = torch.nn.utils.clip_grad_norm_(workers.weights, job.train.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return CurvePoint(
@@ -143,7 +141,7 @@ def _step(
         loss=float(loss),
         learning_rate=rate,
         grad_norm=float(norm),
-        tokens=state.tokens + tokens,
+        tokens=state.tokens + int(job.rows.lengths[rows].sum()),
         step_time_s=time.perf_counter() - started,
     )
 

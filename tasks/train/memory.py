@@ -1,24 +1,30 @@
 """Does the run fit? Answered before it starts, from what one small pass keeps.
 
-Training holds: what is loaded now; a gradient and two Adam moments in float32 for each trained
-weight; what the largest micro-batch's forward pass keeps for its backward pass, which with
-fused attention is linear in its tokens; and one block of logits. The third is measured, not
-guessed: autograd tells of every tensor that it saves.
+Training holds: what is loaded now; two Adam moments in float32 for each trained weight; and for
+each worker a gradient, what the largest micro-batch's forward pass keeps for its backward pass,
+and blocks of logits. What is kept is measured, not guessed: autograd tells of every tensor that
+it saves.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from schemas.errors import UserError
 from tasks.core.runtime import resident_mib
+from tasks.train import attention
 from tasks.train.batching import Batch
-from tasks.train.loss import BLOCK_BYTES, loss_sum
+from tasks.train.loop import Job
+from tasks.train.loss import BLOCK_BYTES, loss_sum, unwrapped
 
 MIB = 2**20
+#: Tokens of the pass that is measured.
+PROBE_TOKENS = 64
 
 
 def saved_bytes(model: nn.Module, batch: Batch, dtype: torch.dtype) -> int:
@@ -42,19 +48,30 @@ def saved_bytes(model: nn.Module, batch: Batch, dtype: torch.dtype) -> int:
 
 
 def needed_mib(
-    model: nn.Module,
-    weights: dict[str, nn.Parameter],
-    probe: Batch,
-    tokens: int,
-    dtype: torch.dtype,
+    model: nn.Module, weights: dict[str, nn.Parameter], job: Job, device: torch.device
 ) -> float:
-    """Peak memory of training with micro-batches of `tokens` padded tokens, beyond what is held.
+    """Peak memory of training beyond what is held now. MiB."""
+    lengths, layout = job.rows.lengths, job.layout
+    short = np.argsort(lengths, kind="stable")
+    few = short[: max(1, PROBE_TOKENS // int(lengths[short[0]]))]
+    batch = job.batch(few).to(device)
+    per_token = saved_bytes(model, batch, job.dtype) / batch.input_ids_BL.numel()
+    tokens = min(max(layout.budget, int(lengths.max())), job.train.batch_tokens)
+    kept = per_token * tokens + attention_bytes(model, lengths, tokens, job.dtype)
+    gradients = sum(weight.numel() for weight in weights.values()) * 4
+    return ((2 + layout.workers) * gradients + layout.workers * (kept + 3 * BLOCK_BYTES)) / MIB
 
-    probe: a batch that is small but not tiny.
-    """
-    per_token = saved_bytes(model, probe, dtype) / probe.input_ids_BL.numel()
-    trained_bytes = sum(weight.numel() for weight in weights.values()) * 4
-    return (3 * trained_bytes + per_token * tokens + 3 * BLOCK_BYTES) / MIB
+
+def attention_bytes(
+    model: nn.Module, lengths: NDArray[np.int64], tokens: int, dtype: torch.dtype
+) -> float:
+    """What attention keeps that grows with the square of a row: its scores, [heads, L, L]."""
+    config = unwrapped(model).config
+    if config._attn_implementation != attention.NAME:
+        return 0.0
+    longest = min(int(lengths.max()), attention.LONGEST)
+    scores = config.num_attention_heads * longest * max(tokens, longest)
+    return float(config.num_hidden_layers * scores * dtype.itemsize)
 
 
 def available_mib(device: torch.device) -> float:

@@ -1,6 +1,8 @@
-"""Where and how the model runs: device, autocast, attention, dropout, compilation."""
+"""Where and how the model runs: device, autocast, threads, attention, dropout, compilation."""
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 import torch.utils.deterministic
@@ -9,12 +11,17 @@ from torch import nn
 
 from schemas.recipe import Train
 from tasks.core import runtime
+from tasks.train import attention
+from tasks.train.batching import Layout
 from tasks.train.fused import fuse_lora
 from tasks.train.loss import unwrapped
+from tasks.train.norm import fuse_norms
 
-#: Padded tokens of one forward pass where the recipe does not say. On a CPU the products are
-#: at full speed from about a thousand rows on, and smaller tensors stay in the caches.
+#: Padded tokens of one forward pass where the recipe does not say. On a CPU it is what one core
+#: works through: products are at full speed from 512 rows on, and smaller tensors stay in caches.
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+#: Each worker holds gradients of its own. Above this much in all, one works with every core.
+WORKER_GRADIENT_BYTES = 512 << 20
 
 
 def make_accelerator(dtype: runtime.Dtype) -> Accelerator:
@@ -35,27 +42,87 @@ def seed(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def place(model: nn.Module, train: Train, accelerator: Accelerator, frozen_base: bool) -> nn.Module:
-    """The model on its device, in training mode, with its fast paths chosen."""
-    model = model.to(accelerator.device)
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed, instead of giving it back and faulting it in again.
+
+    Activations come and go by the megabyte; without this a third of a CPU step is page faults.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_arena_max, 1)
+
+
+def place(model: nn.Module, train: Train, device: torch.device) -> nn.Module:
+    """The model on its device, in training mode, with its fused layers."""
+    model = model.to(device)
     model.train()
-    if frozen_base:
-        without_dropout(model)
+    without_base_dropout(model)
     if train.gradient_checkpointing:
         unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
     fuse_lora(model)
-    if accelerator.device.type == "cuda":
-        # Packed rows: flex attention skips the blocks between them.
-        unwrapped(model).set_attn_implementation("flex_attention")
-        model.compile(dynamic=True)
+    if device.type == "cpu":
+        fuse_norms(model)
     return model
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Turn off the base's own dropout; an adapter's is kept.
+def use_fast_attention(model: nn.Module, device: torch.device, longest: int) -> bool:
+    """Attention that keeps packed rows apart at no cost. Whether the model can have it.
 
-    It regularises weights that learn. The frozen ones do not, and on a CPU it costs the fused
-    attention kernel.
+    longest: tokens of the longest row; a model that looks back over a window is let off only
+        where no row is longer than it.
+    """
+    inner = unwrapped(model)
+    window = getattr(inner.config, "sliding_window", None)
+    if not inner._supports_attention_backend or (window is not None and window < longest):
+        return False
+    if device.type == "cuda":
+        inner.set_attn_implementation("flex_attention")
+        model.compile(dynamic=True)
+    else:
+        attention.register()
+        inner.set_attn_implementation(attention.NAME)
+    return True
+
+
+def layout(
+    train: Train,
+    device: torch.device,
+    weights: dict[str, nn.Parameter],
+    threads: int,
+    packed: bool,
+    draws: bool,
+    pad_id: int,
+) -> Layout:
+    """How many micro-batches run at a time, and how large they are.
+
+    draws: the model draws random numbers while training (dropout). There is one generator, so
+        that one worker has to draw them in order.
+    """
+    gradients = sum(weight.numel() * 4 for weight in weights.values())
+    alone = device.type != "cpu" or draws or gradients * threads > WORKER_GRADIENT_BYTES
+    # Idle OpenMP threads of the main thread would spin on the cores that the workers need.
+    torch.set_num_threads(threads if alone else 1)
+    return Layout(
+        workers=1 if alone else threads,
+        budget=train.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type],
+        packed=packed,
+        pad_id=pad_id,
+    )
+
+
+def has_dropout(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def without_base_dropout(model: nn.Module) -> None:
+    """Turn off the dropout that the base was pretrained with; an adapter's own is kept.
+
+    A recipe has no word for it, short tunings do as well without it (docs/train.md), and on a
+    CPU its random numbers cost more than the products.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:

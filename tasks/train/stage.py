@@ -8,13 +8,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from schemas.errors import StageError, UserError
+from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
 from tasks.core import runtime
-from tasks.core.files import sha256_json, write_atomic
+from tasks.core.files import sha256_file, sha256_json, write_atomic
 from tasks.core.models import load_base, read_labels
 from tasks.core.progress import say, warn
 from tasks.core.store import SCRATCH
@@ -22,16 +22,15 @@ from tasks.core.tokens import TokenRows
 from tasks.methods.method import count_parameters, trained
 from tasks.methods.table import method_for
 from tasks.train import placement
-from tasks.train.batching import Plan, answer_tokens, collate, micro_batches
+from tasks.train.batching import Plan, answer_tokens
 from tasks.train.checkpoint import Checkpoints
 from tasks.train.loop import Job, make_optimizer, train
-from tasks.train.loss import check_head
 from tasks.train.memory import available_mib, check_fits, needed_mib
 from tasks.train.output import save_model
+from tasks.train.probe import check_loss, check_packed_apart, own_loss, probe_rows
 from tasks.train.watch import WINDOW, digests, mean_loss, unmoved
 
-#: Rows longer than this are cut for the probes of the head and of memory.
-PROBE_TOKENS = 64
+TOKENS = "tokens/train.safetensors"
 
 
 def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
@@ -43,41 +42,36 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     """
     method = method_for(spec.candidate.method, spec.task)
     rows, labels = read_rows(spec, paths["prepared"])
+    checkpoints = Checkpoints(out_dir / SCRATCH, identity(spec, paths["prepared"]))
     placement.seed(spec.train.seed)
+    placement.keep_freed_memory()
     runtime.peak_reset()
     floor = 0.0 if runtime.device().type == "cuda" else runtime.resident_mib()
 
     base_dtype: runtime.Dtype = "float32" if method.trained_base else spec.dtype
-    model = load_base(paths["base"], spec.task, labels, base_dtype, head_seed=spec.train.seed)
-    total = count_parameters(model)
+    model: Any = load_base(paths["base"], spec.task, labels, base_dtype, head_seed=spec.train.seed)
+    total, pad_id = count_parameters(model), pad_token(model)
     expected = method.trainable_parameters(model, spec.candidate, spec.task)
-    pad_id = pad_token(model)
     torch.manual_seed(spec.train.seed)
-    accelerator = placement.make_accelerator(spec.dtype)
     model = method.build(model, spec.candidate, spec.task)
-    model = placement.place(model, spec.train, accelerator, frozen_base=not method.trained_base)
     weights = trained(model)
     trainable = sum(weight.numel() for weight in weights.values())
     if trainable != expected:
         raise StageError(f"{method.name} trains {trainable:,} weights, not {expected:,}")
 
-    job = make_job(spec, rows, labels, accelerator.device, pad_id)
-    probe(model, weights, job, accelerator.device)
+    job = prepare_job(spec, rows, labels, model, checkpoints.threads, pad_id)
     optimizer = make_optimizer(weights, spec.train)
     before = digests(weights)
-    identity = sha256_json(
-        [spec.model_dump(mode="json"), spec.VERSION, len(rows), before_id(before)]
-    )
-    checkpoints = Checkpoints(out_dir / SCRATCH, identity)
     state = checkpoints.restore(weights, optimizer)
     resumed_from = 0 if state is None else state.step
     say(
         f"{method.name}: {trainable:,} of {total:,} weights learn ({trainable / total:.2%}), "
-        f"{len(rows):,} rows, {job.steps} steps of about {spec.train.batch_tokens:,} tokens"
+        f"{len(rows):,} rows, {job.steps} steps of about {spec.train.batch_tokens:,} tokens, "
+        f"{job.layout.workers} at a time"
     )
-    state = train(model, weights, optimizer, job, accelerator, checkpoints, state)
-
+    state = train(model, weights, optimizer, job, checkpoints, state)
     check_learned(before, weights, state.curve)
+
     # Before saving: a whole model is rounded to its own dtype, a copy that training never holds.
     peak = runtime.peak_mib() - floor
     save_model(model, out_dir / "model", paths["base"], spec.dtype, method.format)
@@ -98,7 +92,8 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         "tokens_per_s": state.tokens / state.seconds,
         "train_peak_mib": peak,
         "resumed_from_step": resumed_from,
-        "threads": torch.get_num_threads(),
+        "threads": checkpoints.threads,
+        "workers": job.layout.workers,
     }
 
 
@@ -108,65 +103,71 @@ def read_rows(spec: TrainSpec, prepared: Path) -> tuple[TokenRows, list[str] | N
     Raises:
         UserError: no rows.
     """
-    path = prepared / "tokens" / "train.safetensors"
-    rows = TokenRows.load(path)
+    rows = TokenRows.load(prepared / TOKENS)
     if len(rows) == 0:
-        raise UserError.at(path, "no rows to train on", "see the data report for what was refused")
+        place = prepared / TOKENS
+        raise UserError.at(place, "no rows to train on", "see the data report for what was refused")
     return rows, read_labels(prepared) if spec.task == "sequence-classification" else None
 
 
-def make_job(
+def identity(spec: TrainSpec, prepared: Path) -> str:
+    """What a checkpoint must agree with. The store's key, of which it is part, adds the base."""
+    record = [spec.model_dump(mode="json"), spec.VERSION, sha256_file(prepared / TOKENS)]
+    return sha256_json(record)
+
+
+def pad_token(model: Any) -> int:
+    """The id that fills a batch. Nothing ever looks at it, so any will do where there is none."""
+    padding = model.config.pad_token_id
+    return 0 if padding is None else int(padding)
+
+
+def prepare_job(
     spec: TrainSpec,
     rows: TokenRows,
     labels: list[str] | None,
-    device: torch.device,
+    model: torch.nn.Module,
+    threads: int,
     pad_id: int,
 ) -> Job:
-    default = placement.MICRO_BATCH_TOKENS[device.type]
-    return Job(
+    """Put the model where it runs, with its fast paths, and prove on two rows that they are right.
+
+    Raises:
+        UserError: the run does not fit in memory, or the base is of a kind not known.
+    """
+    accelerator = placement.make_accelerator(spec.dtype)
+    device, dtype = accelerator.device, runtime.TORCH_DTYPES[spec.dtype]
+    few = probe_rows(rows)
+    with accelerator.autocast():
+        expected = own_loss(model.to(device), few, spec.task, device)
+    placement.place(model, spec.train, device)
+    fast = placement.use_fast_attention(model, device, int(rows.lengths.max()))
+    packed = fast and spec.task == "causal-lm"
+    draws = placement.has_dropout(model)
+    job = Job(
         rows=rows,
         answers=answer_tokens(rows, spec.task),
         plan=Plan(rows.lengths, spec.train.batch_tokens, spec.train.seed),
         task=spec.task,
         train=spec.train,
-        dtype=runtime.TORCH_DTYPES[spec.dtype],
-        micro_batch_tokens=spec.train.micro_batch_tokens or default,
-        pad_id=pad_id,
-        pack=device.type == "cuda" and spec.task == "causal-lm",
+        accelerator=accelerator,
+        dtype=dtype,
+        layout=placement.layout(spec.train, device, trained(model), threads, packed, draws, pad_id),
         chance=math.log(len(labels)) if labels else None,
     )
-
-
-def pad_token(model: torch.nn.Module) -> int:
-    """The id that fills a batch. Nothing ever looks at it, so any will do where there is none."""
-    padding = model.config.pad_token_id  # type: ignore[union-attr]
-    return 0 if padding is None else int(padding)  # type: ignore[arg-type]
-
-
-def probe(
-    model: torch.nn.Module,
-    weights: dict[str, torch.nn.Parameter],
-    job: Job,
-    device: torch.device,
-) -> None:
-    """What can be known before the first step: the head is the head, and the run fits."""
-    lengths = job.rows.lengths
-    shortest = int(np.argmin(lengths))
-    with torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == torch.bfloat16):
-        if job.task == "causal-lm":
-            ids = torch.from_numpy(job.rows.row(shortest)[:PROBE_TOKENS].astype(np.int64))
-            check_head(model, ids[None].to(device), job.dtype)
-        few = np.argsort(lengths, kind="stable")[: max(1, PROBE_TOKENS // int(lengths.min()))]
-        batch = collate(job.rows, few, job.task, job.pad_id).to(device)
-        every = np.arange(len(lengths))
-        largest = micro_batches(every, lengths, job.micro_batch_tokens)[0]
-        padded = max(int(lengths.max()) * len(largest), job.micro_batch_tokens)
-        needed = needed_mib(model, weights, batch, padded, job.dtype)
-    check_fits(needed, available_mib(device), job.train.gradient_checkpointing)
+    model.eval()
+    with accelerator.autocast():
+        check_loss(model, few, spec.task, packed, expected, device, dtype)
+        if packed:
+            check_packed_apart(model, few, device)
+        model.train()
+        needed = needed_mib(model, trained(model), job, device)
+    check_fits(needed, available_mib(device), spec.train.gradient_checkpointing)
+    return job
 
 
 def check_learned(
-    before: dict[str, bytes], weights: dict[str, torch.nn.Parameter], curve: list[Any]
+    before: dict[str, bytes], weights: dict[str, torch.nn.Parameter], curve: list[CurvePoint]
 ) -> None:
     """Raise for a method that changed nothing; say aloud what did not move or fall."""
     still = unmoved(before, weights)
@@ -183,7 +184,3 @@ def check_learned(
             f"the loss did not fall: {first:.4f} over the first steps, {last:.4f} over the last; "
             "train longer, or change train.learning_rate"
         )
-
-
-def before_id(before: dict[str, bytes]) -> str:
-    return sha256_json({name: digest.hex() for name, digest in before.items()})

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import UserError
 from tasks.core.tokens import TokenRows
-from tasks.train.batching import Plan, answer_tokens, collate, collate_packed, micro_batches
+from tasks.train.batching import (
+    IGNORED,
+    TOKEN_ALIGN,
+    Layout,
+    Plan,
+    answer_tokens,
+    collate,
+    collate_packed,
+    deal,
+)
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(np.array)
 
@@ -60,14 +68,25 @@ def test_epochs_and_seeds_shuffle_differently():
     assert len(orders) == 9
 
 
-@given(LENGTHS, st.integers(1, 300))
-def test_micro_batches_keep_every_row_and_the_budget(lengths, budget):
+@given(LENGTHS, st.integers(1, 300), st.integers(1, 5), st.booleans())
+def test_dealing_keeps_every_row_and_the_budget(lengths, budget, workers, packed):
     rows = np.random.default_rng(0).permutation(len(lengths))
-    parts = micro_batches(rows, lengths, budget)
+    shares = deal(rows, lengths, Layout(workers, budget, packed, pad_id=0))
+    assert 1 <= len(shares) <= workers
+    parts = [part for share in shares for part in share]
     assert sorted(np.concatenate(parts)) == sorted(rows)
     for part in parts:
-        padded = int(lengths[part].max()) * len(part)
+        padded = lengths[part].sum() if packed else int(lengths[part].max()) * len(part)
         assert padded <= budget or len(part) == 1
+
+
+def test_packs_are_dealt_evenly():
+    # Snake dealing pairs long rows with short ones: with many rows no worker has more than
+    # one longest row above the others.
+    lengths = np.random.default_rng(0).integers(20, 400, 64)
+    shares = deal(np.arange(64), lengths, Layout(4, 10**6, packed=True, pad_id=0))
+    tokens = [sum(int(lengths[part].sum()) for part in share) for share in shares]
+    assert max(tokens) - min(tokens) <= lengths.max()
 
 
 @settings(deadline=None)
@@ -76,15 +95,19 @@ def test_a_batch_is_its_rows_padded(lengths):
     rows = make_rows(lengths)
     index = np.random.default_rng(1).permutation(len(lengths))
     batch = collate(rows, index, "sequence-classification", pad_id=2)
-    longest = int(lengths.max())
+    width = batch.input_ids_BL.shape[1]
+    assert lengths.max() <= width < lengths.max() + 8
     for line, row in enumerate(index):
-        expected = np.full(longest, 2)
+        expected = np.full(width, 2)
         expected[: lengths[row]] = rows.row(row)
         assert np.array_equal(batch.input_ids_BL[line].numpy(), expected)
         if batch.attention_mask_BL is not None:
             assert batch.attention_mask_BL[line].sum() == lengths[row]
-    assert (batch.attention_mask_BL is None) == bool((lengths == longest).all())
-    assert batch.targets_N.tolist() == rows.labels[index].tolist()
+    if batch.attention_mask_BL is None:
+        assert (lengths == width).all()
+    assert batch.targets_N[: len(index)].tolist() == rows.labels[index].tolist()
+    # What only fills the batch counts for nothing.
+    assert (batch.targets_N[len(index) :] == IGNORED).all()
     assert batch.tokens == lengths.sum()
 
 
@@ -117,36 +140,14 @@ def test_answer_tokens_counts_what_can_be_learned_and_refuses_rows_without():
         answer_tokens(rows, "causal-lm")
 
 
-def test_packed_rows_do_not_see_each_other():
-    """Changing one packed row leaves the hidden states of the others as they were, bit for bit."""
-    from transformers import LlamaConfig, LlamaModel
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=500,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    model = LlamaModel(config).eval()
-    rows = make_rows(np.array([5, 9, 7]))
-    changed = make_rows(np.array([5, 9, 7]))
-    changed.input_ids[5:14] = (changed.input_ids[5:14] + 1) % 500
-
-    def hidden(rows: TokenRows) -> torch.Tensor:
-        batch = collate_packed(rows, np.arange(3))
-        with torch.no_grad():
-            return model(
-                input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False
-            ).last_hidden_state[0]
-
-    first, second = hidden(rows), hidden(changed)
-    assert torch.equal(first[:5], second[:5])
-    assert torch.equal(first[14:], second[14:])
-    assert not torch.allclose(first[5:14], second[5:14])
-    # And each packed row is what it is alone, up to the order of float32 sums.
-    with torch.no_grad():
-        alone = model(torch.from_numpy(rows.row(2).astype(np.int64))[None]).last_hidden_state[0]
-    assert torch.allclose(first[14:], alone, atol=1e-5)
+@settings(deadline=None)
+@given(LENGTHS)
+def test_packed_rows_start_at_zero_and_end_where_it_is_said(lengths):
+    batch = collate_packed(make_rows(lengths), np.arange(len(lengths)))
+    ends = batch.row_ends.tolist()
+    total = batch.input_ids_BL.shape[1]
+    assert ends[: len(lengths) + 1] == [0, *np.cumsum(lengths)]
+    assert ends[-1] == total
+    assert total % TOKEN_ALIGN == 0
+    expected = np.concatenate([np.arange(n) for n in np.diff(ends)])
+    assert np.array_equal(batch.position_ids_BL[0].numpy(), expected)

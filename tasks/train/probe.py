@@ -1,0 +1,95 @@
+"""What can be known before the first step, from two rows: the fast path is right, and it fits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from schemas.errors import StageError, UserError
+from tasks.core.tokens import TokenRows
+from tasks.train.batching import collate, collate_packed
+from tasks.train.loss import hidden_states, loss_sum
+
+#: Rows are cut to this for a probe.
+PROBE_TOKENS = 64
+
+
+def probe_rows(rows: TokenRows) -> TokenRows:
+    """Two short rows of the real ones, of different lengths, every token learned."""
+    order = np.argsort(rows.lengths, kind="stable")
+    chosen = [rows.row(int(i))[:PROBE_TOKENS] for i in (order[0], order[len(order) // 2])]
+    chosen = [np.resize(row, max(2, len(row))) for row in chosen]
+    ids = np.concatenate(chosen).astype(np.int32)
+    return TokenRows(
+        input_ids=ids,
+        offsets=np.cumsum([0, *(len(row) for row in chosen)]),
+        source_rows=np.arange(2),
+        loss_mask=np.ones(len(ids), dtype=np.uint8),
+        labels=np.zeros(2, dtype=np.int64),
+    )
+
+
+@torch.no_grad()
+def own_loss(model: nn.Module, rows: TokenRows, task: str, device: torch.device) -> float:
+    """The summed loss as the model itself computes it: one row at a time, from its own logits."""
+    total = 0.0
+    for index in range(len(rows)):
+        ids = torch.from_numpy(rows.row(index).astype(np.int64))[None].to(device)
+        logits = model(input_ids=ids).logits.float()
+        if task == "causal-lm":
+            total += float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+        else:
+            total += float(F.cross_entropy(logits, torch.zeros(1).long().to(device)))
+    return total
+
+
+@torch.no_grad()
+def check_loss(
+    model: nn.Module,
+    rows: TokenRows,
+    task: str,
+    packed: bool,
+    expected: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Prove that what will be trained is the model's own loss.
+
+    Some models scale or cap their logits after the head, which training by the head alone would
+    get wrong in silence.
+
+    Raises:
+        UserError: the two differ by more than rounding.
+    """
+    index = np.arange(len(rows))
+    batch = collate_packed(rows, index) if packed else collate(rows, index, task, 0)
+    ours = float(loss_sum(model, batch.to(device), dtype))
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-3
+    if not abs(ours - expected) <= tolerance * (1 + abs(expected)):
+        raise UserError.at(
+            "base.model",
+            f"{type(model).__name__} computes its loss in a way that training does not know "
+            f"(its own {expected:.4f}, here {ours:.4f}): perhaps it scales or caps its logits",
+            "choose a base whose logits are the output of its head",
+        )
+
+
+@torch.no_grad()
+def check_packed_apart(model: nn.Module, rows: TokenRows, device: torch.device) -> None:
+    """Prove that packed rows do not see each other: bit for bit, whatever stands before.
+
+    Raises:
+        StageError: the second of two packed rows changes with the first.
+    """
+    index = np.arange(2)
+    first = int(rows.lengths[0])
+    before = hidden_states(model, collate_packed(rows, index).to(device))
+    changed = rows.input_ids.copy()
+    changed[:first] = np.roll(changed, 1)[:first]
+    other = TokenRows(changed, rows.offsets, rows.source_rows, rows.loss_mask)
+    after = hidden_states(model, collate_packed(other, index).to(device))
+    end = len(rows.input_ids)
+    if not torch.equal(before[first:end], after[first:end]):
+        raise StageError(f"packed rows see each other in {type(model).__name__}: do not train it")
