@@ -35,6 +35,9 @@ MANIFEST = "manifest.json"
 #: What a stage keeps in its work directory for itself. Not part of the entry.
 SCRATCH = "scratch"
 
+#: How libraries that raise no OSError (safetensors, polars, SQLite) tell of a full disk.
+FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+
 
 def key_of(call: Call) -> str:
     """The key of the entry that a call makes: 40 hexadecimal digits."""
@@ -212,13 +215,14 @@ def storage_errors(root: Path) -> Iterator[None]:
     """Turn a full or read-only disk into words with a fix."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL):
             raise RetryableError(
                 f"{root}: the disk is full. Free some space and run again: "
                 "finished stages are kept, and training goes on from its last checkpoint."
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError.at(
                 root, "cannot be written to", "choose another place with --home DIR"
             ) from error

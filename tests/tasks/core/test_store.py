@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -190,6 +191,19 @@ def test_storage_errors_have_a_fix(
 ) -> None:
     with pytest.raises(kind, match=words), storage_errors(tmp_path):
         raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        sqlite3.OperationalError("database or disk is full"),
+    ],
+)
+def test_a_full_disk_that_is_no_oserror(tmp_path: Path, error: Exception) -> None:
+    # As safetensors and SQLite were seen to say it.
+    with pytest.raises(RetryableError, match="Free some space"), storage_errors(tmp_path):
+        raise error
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
