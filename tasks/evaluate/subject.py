@@ -61,20 +61,29 @@ class Subject:
         """The model under test, on the CPU, in evaluation mode."""
         if self.model_dir is None:
             return self.load_base()
-        return load_trained(self.base, self.model_dir, self.task, self.labels, self.dtype)
+        return frozen(load_trained(self.base, self.model_dir, self.task, self.labels, self.dtype))
 
     def load_base(self, dtype: Dtype | None = None) -> torch.nn.Module:
         """The untouched base, with a drawn head where the task asks for one."""
-        model: torch.nn.Module = load_base(
-            self.base, self.task, self.labels, dtype or self.dtype, head_seed=self.head_seed
+        return frozen(
+            load_base(
+                self.base, self.task, self.labels, dtype or self.dtype, head_seed=self.head_seed
+            )
         )
-        return model
 
     def load_merged(self) -> torch.nn.Module:
         """The adapter folded into a base of its own, as a plain transformers model."""
         adapter: Any = self.load()
-        merged: torch.nn.Module = adapter.merge_and_unload()
-        return merged.eval()
+        return frozen(adapter.merge_and_unload())
+
+
+def frozen(model: torch.nn.Module) -> torch.nn.Module:
+    """A model as it is served: in evaluation mode, no weight asking for a gradient.
+
+    It is more than tidiness: on a CPU the same bfloat16 forward pass, under inference mode, was
+    seen to take 16 or 22 ms by whether its weights ask for gradients, which PEFT's do not.
+    """
+    return model.eval().requires_grad_(False)
 
 
 def read_subject(spec: EvaluateSpec, paths: dict[str, Path]) -> Subject:

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 from tasks.evaluate import latency
 from tasks.evaluate.latency import DECODE_TOKENS, WARM_UPS, Times, measure, summary
+from tasks.evaluate.subject import read_subject
 
 
 def test_summary_is_quantiles_and_ratios_of_medians() -> None:
@@ -46,6 +47,14 @@ def test_models_take_turns_and_none_is_always_first(causal, monkeypatch) -> None
     assert [(row.batch_size, row.merged) for row in rows] == [
         (size, merged) for size in evaluate.batch_sizes for merged in (False, True)
     ]
+
+
+def test_whoever_is_timed_is_loaded_alike(causal_lora) -> None:
+    """A weight that asks for a gradient makes another, slower or faster, path through torch."""
+    subject = read_subject(causal_lora.spec, causal_lora.paths)
+    for model in (subject.load_base(), subject.load(), subject.load_merged()):
+        assert not model.training
+        assert not any(weight.requires_grad for weight in model.parameters())
 
 
 def test_the_base_alone_is_its_own_measure(classes) -> None:
