@@ -1,0 +1,144 @@
+"""Each method trains exactly what it says, starts at the base, and refuses what cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from schemas.errors import UserError
+from schemas.recipe import Full, Lora
+from tasks.methods.method import trained
+from tasks.methods.table import METHODS, method_for
+
+LLAMA = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+BERT = BertConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    num_labels=5,
+)
+BASES = {
+    "causal-lm": lambda: LlamaForCausalLM(LLAMA),
+    "sequence-classification": lambda: BertForSequenceClassification(BERT),
+}
+CANDIDATES = {"full": Full(method="full"), "lora": Lora(method="lora", rank=4)}
+
+
+def test_every_method_of_the_recipe_is_in_the_table():
+    assert set(METHODS) == set(CANDIDATES)
+    assert all(name == method.name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("task", BASES)
+@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_trained_is_the_formula_in_float32(name, task, dtype):
+    method, candidate = METHODS[name], CANDIDATES[name]
+    with torch.device("meta"):
+        expected = method.trainable_parameters(BASES[task](), candidate, task)
+    base = BASES[task]().to(torch.float32 if method.trained_base else dtype)
+    model = method.build(base, candidate, task)
+    weights = trained(model)
+    assert sum(weight.numel() for weight in weights.values()) == expected
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    if not method.trained_base:
+        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        assert all(weight.dtype == dtype for weight in frozen)
+
+
+def test_lora_counts_by_hand():
+    # A layer: q and o 32 to 32, k and v 32 to 16, gate and up 32 to 48, down 48 to 32.
+    layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
+    counted = METHODS["lora"].trainable_parameters(
+        LlamaForCausalLM(LLAMA), CANDIDATES["lora"], "causal-lm"
+    )
+    assert counted == 2 * 4 * layer
+
+
+@pytest.mark.parametrize("task", BASES)
+def test_lora_starts_at_the_base_exactly(task):
+    torch.manual_seed(0)
+    base = BASES[task]().eval()
+    ids = torch.randint(0, 64, (2, 9))
+    before = base(input_ids=ids).logits.detach()
+    after = METHODS["lora"].build(base, CANDIDATES["lora"], task).eval()(input_ids=ids).logits
+    assert torch.equal(before, after)
+
+
+def test_lora_for_classification_trains_the_head():
+    base = BASES["sequence-classification"]()
+    model = METHODS["lora"].build(base, CANDIDATES["lora"], "sequence-classification")
+    assert any("classifier" in name for name in trained(model))
+
+
+@pytest.mark.parametrize("task", BASES)
+def test_a_saved_adapter_reloads_to_the_same_logits_and_differs_from_the_base(tmp_path, task):
+    torch.manual_seed(0)
+    model = METHODS["lora"].build(BASES[task]().eval(), CANDIDATES["lora"], task).eval()
+    base_state = {
+        name.removeprefix("base_model.model.").replace("base_layer.", ""): weight
+        for name, weight in model.state_dict().items()
+        if "lora_" not in name
+    }
+    with torch.no_grad():
+        for weight in trained(model).values():
+            weight.add_(0.05 * torch.randn_like(weight))
+    ids = torch.randint(0, 64, (2, 9))
+    tuned = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    fresh = BASES[task]().eval()
+    fresh.load_state_dict(base_state, strict=False)
+    with torch.no_grad():
+        plain = fresh(input_ids=ids).logits
+        again = PeftModel.from_pretrained(fresh, tmp_path).eval()(input_ids=ids).logits
+    # The same products in the same order.
+    assert torch.equal(again, tuned)
+    assert not torch.allclose(again, plain, atol=1e-3)
+
+
+def test_targets_by_name_are_only_those():
+    candidate = Lora(method="lora", rank=4, target_modules=["q_proj", "v_proj"])
+    model = METHODS["lora"].build(BASES["causal-lm"](), candidate, "causal-lm")
+    parts = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained(model)}
+    assert parts == {"q_proj", "v_proj"}
+
+
+def test_unmatched_targets_are_all_named_with_the_nearest():
+    candidate = Lora(method="lora", target_modules=["q_prj", "v_proj", "wq"])
+    with pytest.raises(UserError) as caught:
+        METHODS["lora"].build(BASES["causal-lm"](), candidate, "causal-lm")
+    assert [problem.found.split()[0] for problem in caught.value.problems] == ["q_prj", "wq"]
+    assert "did you mean q_proj?" in caught.value.problems[0].fix
+    assert "down_proj" in caught.value.problems[1].fix
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj"]])
+def test_a_rank_larger_than_the_matrix_is_refused(targets):
+    candidate = Lora(method="lora", rank=17, target_modules=targets)
+    with pytest.raises(UserError, match=r"only 16 wide[\s\S]*at most 16"):
+        METHODS["lora"].build(BASES["causal-lm"](), candidate, "causal-lm")
+
+
+def test_a_base_without_linear_layers_is_refused():
+    with pytest.raises(UserError, match="no linear layer"):
+        METHODS["lora"].trainable_parameters(
+            nn.Sequential(nn.Embedding(3, 4)), CANDIDATES["lora"], "causal-lm"
+        )
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"choose from full, lora"):
+        method_for("lroa", "causal-lm")
