@@ -10,7 +10,7 @@ run: .venv/.installed-run
 	$(BIN)/peftflow run recipes/quickstart.yaml
 
 test: .venv/.installed-dev
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

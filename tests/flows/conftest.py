@@ -110,20 +110,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home in which `ended` was made."""
-    return tmp_path_factory.mktemp("end-to-end") / "home"
-
-
-@pytest.fixture(scope="session")
-def ended(tiny: Path, home: Path, peftflow: Callable[..., Ended]) -> Ended:
-    """The first run of the recipe, from nothing. Tests that use it are of one xdist group."""
-    ended = peftflow("run", tiny, "--home", home, "--json")
-    assert ended.code == 0, ended.err
-    return ended
-
-
-@pytest.fixture(scope="session")
 def processes_naming() -> Callable[[str], list[str]]:
     """The command lines of the processes, but this one, in which a text occurs."""
 
