@@ -11,8 +11,10 @@ import torch
 from schemas.report import CriteriaReport, Latency
 from schemas.stages import EvaluateSpec
 from tasks.core import runtime
+from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import accuracy, computation, latency, memory, storage
+from tasks.evaluate.batches import pad_id_of, right_padded, run_on
 from tasks.evaluate.subject import Subject, read_subject
 from tasks.methods.table import method_for
 
@@ -30,6 +32,7 @@ def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
         with memory.beside(probes):
             model = subject.load().to(runtime.device())
             base = model if subject.kind == "base" else subject.load_base().to(runtime.device())
+            warn_if_base(model, base, paths["prepared"])
             scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
             retained = retention(subject, model, base, paths["prepared"])
             used = memory.read(probes, subject.training_facts.get("train_peak_mib"))
@@ -65,6 +68,23 @@ def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
         },
         "rows": report.accuracy.rows,
     }
+
+
+def warn_if_base(model: torch.nn.Module, base: torch.nn.Module, prepared: Path) -> None:
+    """Say aloud where a subject gives the base's own logits: an adapter ignored, or not applied."""
+    if model is base:
+        return
+    rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
+    few = [rows.row(index) for index in range(min(len(rows), 8))]
+    with torch.inference_mode():
+        own, other = (
+            run_on(each, right_padded(few, pad_id_of(each))).logits for each in (model, base)
+        )
+    if torch.equal(own, other):
+        warn(
+            f"on the first {len(few)} test rows the subject's logits are the base's, bit for bit: "
+            "what it learned is not applied, or too little for this dtype"
+        )
 
 
 def retention(

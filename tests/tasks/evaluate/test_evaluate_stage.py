@@ -19,7 +19,7 @@ from schemas.stages import Call
 from tasks.core.store import Store, read_manifest
 from tasks.evaluate import memory
 from tasks.evaluate.accuracy import chosen_by_hash, require_finite
-from tasks.evaluate.stage import run
+from tasks.evaluate.stage import run, warn_if_base
 from tasks.evaluate.subject import read_subject
 
 CRITERIA = {"storage", "memory", "computation", "accuracy", "inference_overhead"}
@@ -36,6 +36,13 @@ def candidate(causal_lora, tmp_path_factory) -> tuple[CriteriaReport, list[dict]
     out = tmp_path_factory.mktemp("candidate")
     facts = run(causal_lora.spec, causal_lora.paths, out)
     return *read(out), facts
+
+
+@pytest.fixture
+def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory is, other tests measure; its two processes would double the time of one."""
+    monkeypatch.setattr(memory.Probe, "peak_mib", lambda probe: 1.0)
+    monkeypatch.setattr(memory, "_spawn", lambda spec, paths: subprocess.Popen(["true"]))
 
 
 def test_base_through_the_command_line(causal, tmp_path) -> None:
@@ -91,13 +98,8 @@ def test_predictions_add_up_to_the_metrics(candidate) -> None:
     assert shown <= {(line["expected"], line["got"]) for line in predictions}
 
 
-def test_merged_and_finished_is_the_same_model(
-    causal_lora, candidate, tmp_path, monkeypatch
-) -> None:
+def test_merged_and_finished_is_the_same_model(causal_lora, candidate, tmp_path, no_probes) -> None:
     """A merge entry gives the adapter's metrics, and the training figures of its train entry."""
-    # What memory is, other tests measure; its two processes would double this one's time.
-    monkeypatch.setattr(memory.Probe, "peak_mib", lambda probe: 1.0)
-    monkeypatch.setattr(memory, "_spawn", lambda spec, paths: subprocess.Popen(["true"]))
     store = causal_lora.paths["subject"].parent.parent
     trained = read_manifest(causal_lora.paths["subject"])
     call = Call(
@@ -129,7 +131,7 @@ def test_merged_and_finished_is_the_same_model(
     assert [line["got"] for line in predictions] == [line["got"] for line in adapter_predictions]
 
 
-def test_full_tuning_is_its_own_measure(classes, trained, tmp_path) -> None:
+def test_full_tuning_is_its_own_measure(classes, trained, tmp_path, no_probes) -> None:
     entry = trained(classes, tmp_path / "store", Full(method="full"))
     world = classes.of("candidate", entry)
     run(world.spec, world.paths, tmp_path)
@@ -167,6 +169,18 @@ def test_memory_is_the_weights_and_little_more(causal, tmp_path) -> None:
     probes = memory.start(causal.spec, causal.paths | {"base": tmp_path / "base"})
     used = memory.read(probes, None)
     assert weights_mib <= used.generate_peak_mib <= weights_mib + 8
+
+
+def test_an_adapter_that_is_not_applied_is_told(causal_lora, capsys) -> None:
+    subject = read_subject(causal_lora.spec, causal_lora.paths)
+    base, model = subject.load_base(), subject.load()
+    warn_if_base(model, base, causal_lora.paths["prepared"])
+    assert "not applied" not in capsys.readouterr().err
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.zero_()
+    warn_if_base(model, base, causal_lora.paths["prepared"])
+    assert "logits are the base's, bit for bit" in capsys.readouterr().err
 
 
 def test_a_failed_probe_is_an_error() -> None:
