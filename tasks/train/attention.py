@@ -84,6 +84,8 @@ def attend(
 
     cu_seq_lens_q: where packed rows start and end, [rows + 1], in a batch of one.
     """
+    # Under autocast rotary embeddings leave q and k in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -148,7 +150,14 @@ def _product(
     bias: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    return Attention.apply(q_NLD, k_NLD, v_NLD, bias, scale)  # type: ignore[no-any-return,no-untyped-call]
+    """The products in one dtype, autocast's if it is on: rotary embeddings leave q and k in
+    float32 where v is bfloat16, and a backward pass has no autocast to make them one."""
+    kind = q_NLD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v_NLD.dtype
+    q_NLD, k_NLD, v_NLD = (x.to(dtype) for x in (q_NLD, k_NLD, v_NLD))
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        return Attention.apply(q_NLD, k_NLD, v_NLD, bias, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @lru_cache(maxsize=2 * LONGEST // ALIGN)

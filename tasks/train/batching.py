@@ -37,6 +37,7 @@ class Layout:
     """How the rows of a step become micro-batches.
 
     workers: micro-batches that run at the same time.
+    threads: cores that each of them may use.
     budget: padded tokens of one.
     packed: rows end to end (causal models), or one below the other with padding.
     pad_id: what fills.
@@ -45,7 +46,8 @@ class Layout:
     workers: int
     budget: int
     packed: bool
-    pad_id: int
+    pad_id: int = 0
+    threads: int = 1
 
 
 @dataclass(frozen=True)

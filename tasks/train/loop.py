@@ -86,11 +86,11 @@ def train(
     """
     state = state or RunState()
     warmup = warmup_steps(job.train, job.steps)
-    workers = Workers(job.layout.workers, list(weights.values()))
+    workers = Workers(job.layout.workers, list(weights.values()), job.layout.threads)
     began, before = time.monotonic(), state.seconds
     saved = time.monotonic()
     epoch, steps = -1, []
-    with bar("train", job.steps, "steps", done=state.step) as progress:
+    with workers, bar("train", job.steps, "steps", done=state.step) as progress:
         while state.step < job.steps:
             if state.step // job.plan.steps_per_epoch != epoch:
                 epoch = state.step // job.plan.steps_per_epoch
@@ -107,7 +107,6 @@ def train(
             if checkpoints is not None and due and state.step < job.steps:
                 checkpoints.save(state, weights, optimizer)
                 saved = time.monotonic()
-    workers.close()
     return state
 
 

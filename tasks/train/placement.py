@@ -7,6 +7,7 @@ import ctypes
 import torch
 import torch.utils.deterministic
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from schemas.recipe import Train
@@ -25,7 +26,11 @@ WORKER_GRADIENT_BYTES = 512 << 20
 
 
 def make_accelerator(dtype: runtime.Dtype) -> Accelerator:
-    """Device and mixed precision. Autocast does nothing where all is float32."""
+    """Device and mixed precision. Autocast does nothing where all is float32.
+
+    Accelerate keeps its choice for the life of the process; a process may train twice.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         cpu=runtime.device().type == "cpu",
         mixed_precision="bf16" if dtype == "bfloat16" else "no",
@@ -104,10 +109,9 @@ def layout(
     """
     gradients = sum(weight.numel() * 4 for weight in weights.values())
     alone = device.type != "cpu" or draws or gradients * threads > WORKER_GRADIENT_BYTES
-    # Idle OpenMP threads of the main thread would spin on the cores that the workers need.
-    torch.set_num_threads(threads if alone else 1)
     return Layout(
         workers=1 if alone else threads,
+        threads=threads if alone else 1,
         budget=train.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type],
         packed=packed,
         pad_id=pad_id,

@@ -23,12 +23,28 @@ Share = tuple[torch.Tensor, list[torch.Tensor | None]]
 
 
 class Workers:
-    """`count` threads that make gradients of `weights`. One worker is the calling thread."""
+    """`count` threads that make gradients of `weights`, each on `threads` cores, while entered.
 
-    def __init__(self, count: int, weights: list[torch.nn.Parameter]) -> None:
+    One worker is the calling thread itself.
+    """
+
+    def __init__(self, count: int, weights: list[torch.nn.Parameter], threads: int = 1) -> None:
         self.count = count
         self.weights = weights
-        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+        self.threads = threads
+
+    def __enter__(self) -> Workers:
+        self._threads_before = torch.get_num_threads()
+        # The calling thread's too: its idle OpenMP threads would spin on the workers' cores.
+        torch.set_num_threads(self.threads)
+        self._pool = ThreadPoolExecutor(
+            self.count, initializer=torch.set_num_threads, initargs=(self.threads,)
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads_before)
 
     def backward(self, shares: list[list[T]], loss_of: LossOf[T]) -> torch.Tensor:
         """Set each weight's `grad` to that of the summed losses, and return their sum.
@@ -55,9 +71,6 @@ class Workers:
             total = total + loss.detach().cpu()
             grads = _add(grads, list(torch.autograd.grad(loss, self.weights, allow_unused=True)))
         return total, grads
-
-    def close(self) -> None:
-        self._pool.shutdown()
 
 
 def _add(

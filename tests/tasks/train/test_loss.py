@@ -124,8 +124,8 @@ def test_cutting_a_step_does_not_change_its_gradient(packed, workers, budget):
         batch = collate_packed(rows, part) if packed else collate(rows, part, "causal-lm", 0)
         return loss_sum(model, batch, torch.float32) / learned
 
-    pool = Workers(workers, weights)
-    pool.backward(deal(np.arange(len(rows)), rows.lengths, layout), loss_of)
+    with Workers(workers, weights) as pool:
+        pool.backward(deal(np.arange(len(rows)), rows.lengths, layout), loss_of)
     for weight, reference in zip(weights, expected, strict=True):
         # float32 rounding of sums in another order.
         assert torch.allclose(weight.grad, reference, atol=1e-6, rtol=1e-4)
@@ -135,13 +135,13 @@ def test_gradients_do_not_depend_on_which_worker_was_first():
     model, rows = tiny_llama(), make_rows(40)
     weights = list(model.parameters())
     shares = deal(np.arange(40), rows.lengths, Layout(4, 64, packed=True, pad_id=0))
-    pool = Workers(4, weights)
     results = []
-    for _ in range(3):
-        pool.backward(
-            shares, lambda part: loss_sum(model, collate_packed(rows, part), torch.float32)
-        )
-        results.append([weight.grad.clone() for weight in weights])
+    with Workers(4, weights) as pool:
+        for _ in range(3):
+            pool.backward(
+                shares, lambda part: loss_sum(model, collate_packed(rows, part), torch.float32)
+            )
+            results.append([weight.grad.clone() for weight in weights])
     assert all(
         torch.equal(a, b) for again in results[1:] for a, b in zip(again, results[0], strict=True)
     )
