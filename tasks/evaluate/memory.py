@@ -1,22 +1,18 @@
 """Criterion 2, memory: peak while generating, of a process that does nothing else.
 
-`python -m tasks.evaluate.memory JSON` is that process: one loads the subject, another the base,
-and both do the same fixed work. On a GPU the figure is the allocator's peak. On a CPU it is the
-kernel's peak resident set (VmHWM) minus the floor: what was resident before the weights were
-loaded, with every module imported and a toy model loaded and run once, so that code and thread
-pools are in the floor and weights, cache and activations are not.
+`python -m tasks.evaluate.memory JSON` is that process, started by `probes.py`: one loads the
+subject, another the base, and both do the same fixed work. On a GPU the figure is the
+allocator's peak. On a CPU it is the kernel's peak resident set (VmHWM) minus the floor: what was
+resident before the weights were loaded, with every module imported and a toy model loaded and run
+once, so that code and thread pools are in the floor and weights, cache and activations are not.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,6 @@ import numpy as np
 import torch
 from transformers import BertConfig, LlamaConfig
 
-from schemas.errors import StageError
-from schemas.report import Memory
 from schemas.stages import EvaluateSpec
 from tasks.core import runtime
 from tasks.core.models import MODEL_CLASSES, load_config, load_trained
@@ -35,75 +29,7 @@ from tasks.evaluate.batches import by_length, pad_id_of, right_padded, run_on
 from tasks.evaluate.generate import generate_batch
 from tasks.evaluate.subject import read_subject
 
-#: Of each probe. Small next to what the caller needs, which works on meanwhile.
-PROBE_THREADS = max(1, torch.get_num_threads() // 4)
-
-#: glibc keeps freed memory by a rule that learns as it goes, which moved the same peak by 15 %
-#: from run to run; with the threshold fixed, tensors are given back when freed and the peak is
-#: that of what is alive, to 0.3 MiB. Waiting threads sleep instead of holding the caller's cores.
-PROBE_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "OMP_NUM_THREADS": str(PROBE_THREADS),
-    "OMP_WAIT_POLICY": "passive",
-}
-
 CONFIGS = {"causal-lm": LlamaConfig, "sequence-classification": BertConfig}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A measuring process that has been started and not yet read."""
-
-    process: subprocess.Popen[str]
-
-    def peak_mib(self) -> float:
-        """Wait for the process and read its figure, MiB."""
-        out, err = self.process.communicate()
-        if self.process.returncode != 0:
-            raise StageError(f"the memory measurement failed:\n{err[-2000:]}")
-        return float(json.loads(out.splitlines()[-1])["peak_mib"])
-
-
-def start(spec: EvaluateSpec, paths: dict[str, Path]) -> dict[str, Probe]:
-    """Start the measurement of the base, and of the subject where that is another model.
-
-    They run beside the caller: memory, unlike time, does not depend on who else is at work.
-    """
-    calls = {"base": spec.model_copy(update={"subject": "base"}), "subject": spec}
-    return {
-        name: Probe(_spawn(call, paths))
-        for name, call in calls.items()
-        if name == "base" or spec.subject != "base"
-    }
-
-
-@contextmanager
-def beside(probes: dict[str, Probe]) -> Iterator[None]:
-    """Leave the probes their cores: threads that outnumber the cores wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - PROBE_THREADS * len(probes)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def stop(probes: dict[str, Probe]) -> None:
-    """End the measurements that are still running: the caller has failed."""
-    for probe in probes.values():
-        if probe.process.poll() is None:
-            probe.process.kill()
-            probe.process.wait()
-
-
-def read(probes: dict[str, Probe], train_peak_mib: float | None) -> Memory:
-    """The figures of the started measurements; the base is its own subject."""
-    base = probes["base"].peak_mib()
-    return Memory(
-        train_peak_mib=train_peak_mib,
-        generate_peak_mib=probes["subject"].peak_mib() if "subject" in probes else base,
-        base_generate_peak_mib=base,
-    )
 
 
 def how(spec: EvaluateSpec) -> str:
@@ -187,22 +113,6 @@ def toy(task: str, positions: int) -> Any:
 def one_token(rows: TokenRows) -> TokenRows:
     """The same rows of the same lengths in a vocabulary of one: ids that a toy knows."""
     return replace(rows, input_ids=np.zeros_like(rows.input_ids))
-
-
-def _spawn(spec: EvaluateSpec, paths: dict[str, Path]) -> subprocess.Popen[str]:
-    named = {name: str(path.resolve()) for name, path in paths.items()}
-    if spec.subject == "base":
-        named.pop("subject", None)
-    request: dict[str, Any] = {"spec": spec.model_dump(mode="json"), "paths": named}
-    root = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "tasks.evaluate.memory", json.dumps(request)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | PROBE_ENVIRONMENT | {"PYTHONPATH": search, "PEFTFLOW_EVENTS": "0"},
-    )
 
 
 if __name__ == "__main__":

@@ -6,17 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from schemas.report import CriteriaReport, Latency
 from schemas.stages import EvaluateSpec
-from tasks.core import runtime
-from tasks.core.progress import warn
-from tasks.core.tokens import TokenRows
-from tasks.evaluate import accuracy, computation, latency, memory, storage
-from tasks.evaluate.batches import pad_id_of, right_padded, run_on
-from tasks.evaluate.subject import Subject, read_subject
-from tasks.methods.table import method_for
+from tasks.evaluate import probes
 
 
 def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
@@ -25,39 +16,17 @@ def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
     Returns:
         figures: `CriteriaReport.figures()`; method; intervals: metric to [low, high]; rows.
     """
-    subject = read_subject(spec, paths)
-    # The probes load and generate beside the accuracy pass, and end before anything is timed.
-    probes = memory.start(spec, paths)
+    started = probes.start(spec, paths)
     try:
-        with memory.beside(probes):
-            model = subject.load().to(runtime.device())
-            base = model if subject.kind == "base" else subject.load_base().to(runtime.device())
-            warn_if_base(model, base, paths["prepared"])
-            scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
-            retained = retention(subject, model, base, paths["prepared"])
-            used = memory.read(probes, subject.training_facts.get("train_peak_mib"))
+        # Imported only now: the probes take as long as these imports, and begin before them.
+        from tasks.evaluate.measure import measure
+
+        report, predictions = measure(spec, paths, started)
     finally:
-        memory.stop(probes)
-    overhead = inference_overhead(subject, model, base, spec, paths)
-    stored = storage.measure(subject, base)
-    del base  # full fine-tuning is measured next, and wants the room
-    train_rows = TokenRows.load(paths["prepared"] / "tokens" / "train.safetensors")
-    report = CriteriaReport(
-        subject=subject.kind,
-        method=subject.method,
-        storage=stored,
-        memory=used,
-        computation=computation.measure(subject, model, train_rows, spec.train),
-        accuracy=scores.accuracy(*retained),
-        inference_overhead=overhead,
-        examples=accuracy.examples(scores.predictions, paths["prepared"]),
-        device=device_name(),
-        dtype=spec.dtype,
-        how=how(spec, scores),
-    )
+        probes.stop(started)
     (out_dir / "criteria.json").write_text(report.model_dump_json(indent=1))
     with (out_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for line in scores.predictions:
+        for line in predictions:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return {
         "figures": report.figures(),
@@ -68,73 +37,3 @@ def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
         },
         "rows": report.accuracy.rows,
     }
-
-
-def warn_if_base(model: torch.nn.Module, base: torch.nn.Module, prepared: Path) -> None:
-    """Say aloud where a subject gives the base's own logits: an adapter ignored, or not applied."""
-    if model is base:
-        return
-    rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
-    few = [rows.row(index) for index in range(min(len(rows), 8))]
-    with torch.inference_mode():
-        own, other = (
-            run_on(each, right_padded(few, pad_id_of(each))).logits for each in (model, base)
-        )
-    if torch.equal(own, other):
-        warn(
-            f"on the first {len(few)} test rows the subject's logits are the base's, bit for bit: "
-            "what it learned is not applied, or too little for this dtype"
-        )
-
-
-def retention(
-    subject: Subject, model: torch.nn.Module, base: torch.nn.Module, prepared: Path
-) -> tuple[float | None, float | None]:
-    """Loss on general text of the subject and of its base, or None: nothing to measure it with."""
-    if subject.task != "causal-lm":
-        return None, None
-    before = accuracy.retention_loss(base, prepared, "retention of the base")
-    if subject.kind == "base":
-        return before, before
-    return accuracy.retention_loss(model, prepared, "retention"), before
-
-
-def inference_overhead(
-    subject: Subject,
-    model: torch.nn.Module,
-    base: torch.nn.Module,
-    spec: EvaluateSpec,
-    paths: dict[str, Path],
-) -> list[Latency]:
-    """Latencies of the subject, and of its adapter merged in memory, beside the base's."""
-    models = {"base": base}
-    if subject.kind != "base":
-        models["subject"] = model
-    if subject.is_adapter and method_for(subject.method, subject.task).merges:
-        models["merged"] = subject.load_merged().to(runtime.device())
-    merged = {"merged"} | ({"subject"} if subject.merged else set())
-    rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
-    return latency.measure(models, rows, spec.task, spec.evaluate, frozenset(merged))
-
-
-def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
-    """Each criterion's measurement in words."""
-    retained = (
-        "retention: loss per token of general text, minus the base's"
-        if spec.task == "causal-lm"
-        else "retention: not measured, a classifier has no language head to measure it with"
-    )
-    return {
-        "storage": storage.HOW,
-        "memory": memory.how(spec),
-        "computation": computation.HOW,
-        "accuracy": f"{scores.how}; 95 % intervals: percentile bootstrap over rows, "
-        f"{spec.evaluate.bootstrap} resamples; {retained}",
-        "inference_overhead": latency.how(spec.evaluate, spec.task, torch.get_num_threads()),
-    }
-
-
-def device_name() -> str:
-    """`cpu`, or the GPU's name."""
-    device = runtime.device()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -17,9 +17,10 @@ from schemas.recipe import Full
 from schemas.report import CriteriaReport, figure_names
 from schemas.stages import Call
 from tasks.core.store import Store, read_manifest
-from tasks.evaluate import memory
+from tasks.evaluate import probes
 from tasks.evaluate.accuracy import chosen_by_hash, require_finite
-from tasks.evaluate.stage import run, warn_if_base
+from tasks.evaluate.measure import warn_if_base
+from tasks.evaluate.stage import run
 from tasks.evaluate.subject import read_subject
 
 CRITERIA = {"storage", "memory", "computation", "accuracy", "inference_overhead"}
@@ -41,8 +42,8 @@ def candidate(causal_lora, tmp_path_factory) -> tuple[CriteriaReport, list[dict]
 @pytest.fixture
 def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What memory is, other tests measure; its two processes would double the time of one."""
-    monkeypatch.setattr(memory.Probe, "peak_mib", lambda probe: 1.0)
-    monkeypatch.setattr(memory, "_spawn", lambda spec, paths: subprocess.Popen(["true"]))
+    monkeypatch.setattr(probes.Probe, "peak_mib", lambda probe: 1.0)
+    monkeypatch.setattr(probes, "_spawn", lambda spec, paths: subprocess.Popen(["true"]))
 
 
 def test_base_through_the_command_line(causal, tmp_path) -> None:
@@ -166,8 +167,8 @@ def test_memory_is_the_weights_and_little_more(causal, tmp_path) -> None:
     model.save_pretrained(tmp_path / "base")
     weights_mib = sum(weight.numel() for weight in model.parameters()) * 4 / 2**20
     del model
-    probes = memory.start(causal.spec, causal.paths | {"base": tmp_path / "base"})
-    used = memory.read(probes, None)
+    started = probes.start(causal.spec, causal.paths | {"base": tmp_path / "base"})
+    used = probes.read(started, None)
     assert weights_mib <= used.generate_peak_mib <= weights_mib + 8
 
 
@@ -191,7 +192,7 @@ def test_a_failed_probe_is_an_error() -> None:
         text=True,
     )
     with pytest.raises(StageError, match="memory measurement failed:\nno room"):
-        memory.read({"base": memory.Probe(process)}, None)
+        probes.read({"base": probes.Probe(process)}, None)
 
 
 def test_a_merged_model_without_its_train_entry_says_so(causal_lora, tmp_path, capsys) -> None:

@@ -1,0 +1,138 @@
+"""All five criteria of one subject, in the order in which they do not disturb one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from schemas.report import CriteriaReport, Latency
+from schemas.stages import EvaluateSpec
+from tasks.core import runtime
+from tasks.core.progress import warn
+from tasks.core.tokens import TokenRows
+from tasks.evaluate import accuracy, computation, latency, memory, probes, storage
+from tasks.evaluate.batches import pad_id_of, right_padded, run_on
+from tasks.evaluate.probes import Probe
+from tasks.evaluate.subject import Subject, read_subject
+from tasks.methods.table import method_for
+
+
+def measure(
+    spec: EvaluateSpec, paths: dict[str, Path], started: dict[str, Probe]
+) -> tuple[CriteriaReport, list[dict[str, Any]]]:
+    """The subject's report, and a prediction for each test row.
+
+    Args:
+        started: the memory measurements, under way; they end before anything is timed.
+    """
+    subject = read_subject(spec, paths)
+    with beside(started):
+        model = subject.load().to(runtime.device())
+        base = model if subject.kind == "base" else subject.load_base().to(runtime.device())
+        warn_if_base(model, base, paths["prepared"])
+        scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
+        retained = retention(subject, model, base, paths["prepared"])
+        used = probes.read(started, subject.training_facts.get("train_peak_mib"))
+    overhead = inference_overhead(subject, model, base, spec, paths)
+    stored = storage.measure(subject, base)
+    del base  # full fine-tuning is measured next, and wants the room
+    train_rows = TokenRows.load(paths["prepared"] / "tokens" / "train.safetensors")
+    report = CriteriaReport(
+        subject=subject.kind,
+        method=subject.method,
+        storage=stored,
+        memory=used,
+        computation=computation.measure(subject, model, train_rows, spec.train),
+        accuracy=scores.accuracy(*retained),
+        inference_overhead=overhead,
+        examples=accuracy.examples(scores.predictions, paths["prepared"]),
+        device=device_name(),
+        dtype=spec.dtype,
+        how=how(spec, scores),
+    )
+    return report, scores.predictions
+
+
+@contextmanager
+def beside(started: dict[str, Probe]) -> Iterator[None]:
+    """Leave the probes their cores: threads that outnumber the cores wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - probes.THREADS * len(started)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def warn_if_base(model: torch.nn.Module, base: torch.nn.Module, prepared: Path) -> None:
+    """Say aloud where a subject gives the base's own logits: an adapter ignored, or not applied."""
+    if model is base:
+        return
+    rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
+    few = [rows.row(index) for index in range(min(len(rows), 8))]
+    with torch.inference_mode():
+        own, other = (
+            run_on(each, right_padded(few, pad_id_of(each))).logits for each in (model, base)
+        )
+    if torch.equal(own, other):
+        warn(
+            f"on the first {len(few)} test rows the subject's logits are the base's, bit for bit: "
+            "what it learned is not applied, or too little for this dtype"
+        )
+
+
+def retention(
+    subject: Subject, model: torch.nn.Module, base: torch.nn.Module, prepared: Path
+) -> tuple[float | None, float | None]:
+    """Loss on general text of the subject and of its base, or None: nothing to measure it with."""
+    if subject.task != "causal-lm":
+        return None, None
+    before = accuracy.retention_loss(base, prepared, "retention of the base")
+    if subject.kind == "base":
+        return before, before
+    return accuracy.retention_loss(model, prepared, "retention"), before
+
+
+def inference_overhead(
+    subject: Subject,
+    model: torch.nn.Module,
+    base: torch.nn.Module,
+    spec: EvaluateSpec,
+    paths: dict[str, Path],
+) -> list[Latency]:
+    """Latencies of the subject, and of its adapter merged in memory, beside the base's."""
+    models = {"base": base}
+    if subject.kind != "base":
+        models["subject"] = model
+    if subject.is_adapter and method_for(subject.method, subject.task).merges:
+        models["merged"] = subject.load_merged().to(runtime.device())
+    merged = {"merged"} | ({"subject"} if subject.merged else set())
+    rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
+    return latency.measure(models, rows, spec.task, spec.evaluate, frozenset(merged))
+
+
+def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
+    """Each criterion's measurement in words."""
+    retained = (
+        "retention: loss per token of general text, minus the base's"
+        if spec.task == "causal-lm"
+        else "retention: not measured, a classifier has no language head to measure it with"
+    )
+    return {
+        "storage": storage.HOW,
+        "memory": memory.how(spec),
+        "computation": computation.HOW,
+        "accuracy": f"{scores.how}; 95 % intervals: percentile bootstrap over rows, "
+        f"{spec.evaluate.bootstrap} resamples; {retained}",
+        "inference_overhead": latency.how(spec.evaluate, spec.task, torch.get_num_threads()),
+    }
+
+
+def device_name() -> str:
+    """`cpu`, or the GPU's name."""
+    device = runtime.device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
