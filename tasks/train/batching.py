@@ -27,9 +27,8 @@ IGNORED = -100
 #: Batches are filled up to multiples of these, so that products have few different shapes:
 #: oneDNN compiles, and keeps about 1 MB of code, for every new one.
 TOKEN_ALIGN = 64
-ROW_ALIGN = 8
-#: Rows of a product from which one core is at full speed.
-FULL_SPEED_TOKENS = 512
+ROW_ALIGN = 4
+LENGTH_ALIGN = 8
 
 
 @dataclass(frozen=True)
@@ -110,14 +109,7 @@ class Plan:
     def epoch(self, epoch: int) -> list[Rows]:
         """The row numbers of each step of one epoch; every row is in exactly one step."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
-        steps = self.steps_per_epoch
-        ends = np.cumsum(self.lengths[order])
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, steps) / steps)
-        # A row longer than a step's share would leave the next step empty: give each one row.
-        number = np.arange(1, steps)
-        cuts = np.maximum.accumulate(np.maximum(cuts, 1) - number) + number
-        cuts = np.minimum(cuts, len(order) - steps + number)
-        return [np.asarray(part, dtype=np.int64) for part in np.split(order, cuts)]
+        return _equal_shares(order, self.lengths, self.steps_per_epoch)
 
 
 def deal(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[list[Rows]]:
@@ -126,38 +118,44 @@ def deal(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[list[Ro
     No micro-batch is larger than the layout's budget, but for a single row that is.
     """
     ordered = rows[np.argsort(-lengths[rows], kind="stable")]
-    cut = _packs if layout.packed else _padded_groups
-    shares: list[list[Rows]] = [[] for _ in range(layout.workers)]
-    for number, group in enumerate(cut(ordered, lengths, layout)):
-        shares[_snake(number, layout.workers)].append(group)
-    return [share for share in shares if share]
-
-
-def _packs(ordered: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[Rows]:
-    """Rows dealt to equal packs: long ones with short ones."""
+    cut, size = (_packs, _packed_size) if layout.packed else (_equal_shares, _padded_size)
     total = int(lengths[ordered].sum())
     rounds = -(-total // (layout.workers * layout.budget))
     while True:
         count = min(rounds * layout.workers, len(ordered))
-        pack = _snake(np.arange(len(ordered)), count)
-        tokens = np.bincount(pack, weights=lengths[ordered], minlength=count)
-        if count == len(ordered) or tokens.max() <= layout.budget:
-            return [ordered[pack == number] for number in range(count)]
+        groups = cut(ordered, lengths, count)
+        if count == len(ordered) or max(size(lengths[g]) for g in groups) <= layout.budget:
+            break
         rounds += 1
+    shares: list[list[Rows]] = [[] for _ in range(min(layout.workers, count))]
+    for number, group in enumerate(groups):
+        shares[_snake(number, len(shares))].append(group)
+    return shares
 
 
-def _padded_groups(ordered: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[Rows]:
-    """Neighbours in length, so that there is little padding; about one budget each."""
-    share = -(-int(lengths[ordered].sum()) // layout.workers)
-    budget = min(layout.budget, max(share, FULL_SPEED_TOKENS))
-    groups = []
-    start = 0
-    while start < len(ordered):
-        count = max(1, budget // _padded_length(int(lengths[ordered[start]])))
-        count = count // ROW_ALIGN * ROW_ALIGN or count
-        groups.append(ordered[start : start + count])
-        start += count
-    return groups
+def _packs(ordered: Rows, lengths: NDArray[np.int64], count: int) -> list[Rows]:
+    """Rows dealt to equal packs: long ones with short ones."""
+    pack = _snake(np.arange(len(ordered)), count)
+    return [ordered[pack == number] for number in range(count)]
+
+
+def _packed_size(lengths: NDArray[np.int64]) -> int:
+    return int(lengths.sum())
+
+
+def _padded_size(lengths: NDArray[np.int64]) -> int:
+    return int(lengths.max()) * len(lengths)
+
+
+def _equal_shares(order: Rows, lengths: NDArray[np.int64], count: int) -> list[Rows]:
+    """`order` cut into `count` parts of about as many tokens, none of them empty."""
+    ends = np.cumsum(lengths[order])
+    number = np.arange(1, count)
+    cuts = np.searchsorted(ends, ends[-1] * number / count)
+    # A row longer than a share would leave the next part empty: give each one row.
+    cuts = np.maximum.accumulate(np.maximum(cuts, 1) - number) + number
+    cuts = np.minimum(cuts, len(order) - count + number)
+    return [np.asarray(part, dtype=np.int64) for part in np.split(order, cuts)]
 
 
 def _snake(number: Any, count: int) -> Any:
@@ -167,7 +165,7 @@ def _snake(number: Any, count: int) -> Any:
 
 
 def _padded_length(length: int) -> int:
-    align = ROW_ALIGN if length <= 64 else 32
+    align = LENGTH_ALIGN if length <= 64 else 4 * LENGTH_ALIGN
     return -(-length // align) * align
 
 

@@ -25,6 +25,8 @@ from tasks.train.loss import BLOCK_BYTES, loss_sum, unwrapped
 MIB = 2**20
 #: Tokens of the pass that is measured.
 PROBE_TOKENS = 64
+#: Code that oneDNN compiles for the shapes of a run's products, about 1 MiB each.
+KERNEL_MIB = 200
 
 
 def saved_bytes(model: nn.Module, batch: Batch, dtype: torch.dtype) -> int:
@@ -56,10 +58,11 @@ def needed_mib(
     few = short[: max(1, PROBE_TOKENS // int(lengths[short[0]]))]
     batch = job.batch(few).to(device)
     per_token = saved_bytes(model, batch, job.dtype) / batch.input_ids_BL.numel()
-    tokens = min(max(layout.budget, int(lengths.max())), job.train.batch_tokens)
+    tokens = max(min(layout.budget, job.train.batch_tokens), int(lengths.max()))
     kept = per_token * tokens + attention_bytes(model, lengths, tokens, job.dtype)
     gradients = sum(weight.numel() for weight in weights.values()) * 4
-    return ((2 + layout.workers) * gradients + layout.workers * (kept + 3 * BLOCK_BYTES)) / MIB
+    held = (2 + layout.workers) * gradients + layout.workers * (kept + 3 * BLOCK_BYTES)
+    return held / MIB + (KERNEL_MIB if device.type == "cpu" else 0)
 
 
 def attention_bytes(

@@ -15,7 +15,7 @@ from tasks.core import runtime
 from tasks.train import attention
 from tasks.train.batching import Layout
 from tasks.train.fused import fuse_lora
-from tasks.train.loss import unwrapped
+from tasks.train.loss import backbone, unwrapped
 from tasks.train.norm import fuse_norms
 
 #: Padded tokens of one forward pass where the recipe does not say. On a CPU it is what one core
@@ -74,7 +74,7 @@ def place(model: nn.Module, train: Train, device: torch.device) -> nn.Module:
     return model
 
 
-def use_fast_attention(model: nn.Module, device: torch.device, longest: int) -> bool:
+def use_fast_attention(model: nn.Module, device: torch.device, longest: int, task: str) -> bool:
     """Attention that keeps packed rows apart at no cost. Whether the model can have it.
 
     longest: tokens of the longest row; a model that looks back over a window is let off only
@@ -84,12 +84,15 @@ def use_fast_attention(model: nn.Module, device: torch.device, longest: int) -> 
     window = getattr(inner.config, "sliding_window", None)
     if not inner._supports_attention_backend or (window is not None and window < longest):
         return False
-    if device.type == "cuda":
-        inner.set_attn_implementation("flex_attention")
-        model.compile(dynamic=True)
-    else:
+    if device.type == "cpu":
         attention.register()
         inner.set_attn_implementation(attention.NAME)
+        return True
+    if task != "causal-lm":
+        return False
+    # From the positions of packed rows transformers makes flex attention's block mask.
+    inner.set_attn_implementation("flex_attention")
+    backbone(model).compile(dynamic=True)
     return True
 
 

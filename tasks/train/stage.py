@@ -141,7 +141,8 @@ def prepare_job(
     with accelerator.autocast():
         expected = own_loss(model.to(device), few, spec.task, device)
     placement.place(model, spec.train, device)
-    fast = placement.use_fast_attention(model, device, int(rows.lengths.max()))
+    longest = int(rows.lengths.max())
+    fast = placement.use_fast_attention(model, device, longest, spec.task)
     packed = fast and spec.task == "causal-lm"
     draws = placement.has_dropout(model)
     job = Job(

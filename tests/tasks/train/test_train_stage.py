@@ -26,7 +26,7 @@ CONFIG = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
 
@@ -216,7 +216,8 @@ def test_the_memory_estimate_is_near_what_autograd_keeps(places):
     counted = memory.saved_bytes(model, batch, torch.float32) / batch.input_ids_BL.numel() * 400
     fixed = 3 * memory.BLOCK_BYTES + 3 * 4 * sum(w.numel() for w in stage.trained(model).values())
     # The estimate adds attention's square as if every row were the longest: it may only be above.
-    assert counted / 2**20 <= estimate - fixed / 2**20 <= 2 * counted / 2**20
+    rest = estimate - fixed / 2**20 - memory.KERNEL_MIB
+    assert counted / 2**20 <= rest <= 2 * counted / 2**20
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step(tmp_path, places):
@@ -271,8 +272,9 @@ def test_a_pickled_base_is_refused(tmp_path, places):
 def test_a_base_that_looks_back_over_a_window_keeps_its_own_attention(places):
     model = load_base(places["causal-lm"]["base"], "causal-lm", None, "float32")
     model.config.sliding_window = 8
-    assert not placement.use_fast_attention(model, torch.device("cpu"), longest=20)
-    assert placement.use_fast_attention(model, torch.device("cpu"), longest=8)
+    cpu = torch.device("cpu")
+    assert not placement.use_fast_attention(model, cpu, 20, "causal-lm")
+    assert placement.use_fast_attention(model, cpu, 8, "causal-lm")
 
 
 @pytest.mark.gpu
