@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 
 import torch
 
 from schemas.errors import StageError
 from schemas.report import CurvePoint
 
-#: Steps whose mean is "the loss now": wide enough that one hard batch is not a divergence.
+#: Steps that are "the loss now".
 WINDOW = 10
+#: A stretch long enough that a loss a little above the start is no accident.
+STRETCH = 5 * WINDOW
+#: How far above the start the loss of a window, and of a stretch, may be. Guessing is a firm
+#: start, known and not measured on a few batches: a collapsed classifier stays 1 % above it.
+WINDOW_MARGIN, STRETCH_MARGIN, GUESSING_MARGIN = 1.3, 1.05, 1.005
+#: A loss below this share of that of the stretch before is on its way down, wherever it is.
+FALLING = 0.99
 
 
 def check_finite(point: CurvePoint) -> None:
@@ -26,28 +34,33 @@ def check_finite(point: CurvePoint) -> None:
 
 
 def check_diverged(curve: list[CurvePoint], warmup: int, chance: float | None) -> None:
-    """Stop a run whose loss is, for a stretch after warm-up, above where it began.
+    """Stop a run whose loss after warm-up is above where it began.
 
-    chance: the loss of guessing (ln of the number of labels), where the task has one. A
-        classifier that has collapsed to guessing stays just above it.
+    chance: the loss of guessing (ln of the number of labels), where the task has one.
 
     Raises:
         StageError: diverged, with the steps, the figures and the cure.
     """
-    if len(curve) < warmup + 2 * WINDOW:
-        return
-    start = curve[0].loss if chance is None else min(curve[0].loss, chance)
-    recent = mean_loss(curve[-WINDOW:])
-    if recent <= start * 1.002:
-        return
-    peak = max(point.learning_rate for point in curve)
-    raise StageError(
-        f"diverged: the mean loss of steps {curve[-WINDOW].step} to {curve[-1].step} is "
-        f"{recent:.4f}, above the {start:.4f} "
-        + ("of guessing" if start == chance else "of the untrained model")
-        + f", at a learning rate of {peak:.2e}: lower train.learning_rate "
-        f"(try {peak / 4:.1e}) or raise train.warmup_ratio"
-    )
+    start, of_what, margin = median_loss(curve[:WINDOW]), "of the first steps", STRETCH_MARGIN
+    if chance is not None and chance <= start * GUESSING_MARGIN:
+        start, of_what, margin = chance, "of guessing", GUESSING_MARGIN
+    for steps, limit in ((WINDOW, start * WINDOW_MARGIN), (STRETCH, start * margin)):
+        if len(curve) < warmup + WINDOW + steps:
+            return
+        recent, before = curve[-steps:], curve[-2 * steps : -steps]
+        now = median_loss(recent)
+        if now > limit and now > FALLING * median_loss(before or curve[:WINDOW]):
+            rate = max(point.learning_rate for point in curve)
+            raise StageError(
+                f"diverged: the median loss of steps {recent[0].step} to {recent[-1].step} is "
+                f"{now:.4f}, above the {start:.4f} {of_what}, at a learning rate of {rate:.2e}: "
+                f"lower train.learning_rate (try {rate / 4:.1e}) or raise train.warmup_ratio"
+            )
+
+
+def median_loss(points: list[CurvePoint]) -> float:
+    """The middle loss: one hard batch does not move it."""
+    return statistics.median(point.loss for point in points)
 
 
 def mean_loss(points: list[CurvePoint]) -> float:
