@@ -106,6 +106,9 @@ class Home:
         """
         environment = {
             "MLFLOW_LOGGING_LEVEL": "WARNING",
+            # A waiting OpenMP thread sleeps. One that spins on a core which another process wants
+            # made a forward pass take 1,340 ms in place of 31 on a busy machine (docs/log.md).
+            "OMP_WAIT_POLICY": "passive",
             **os.environ,
             **PRIVATE,
             "PEFTFLOW_HOME": str(self.root),
