@@ -19,7 +19,6 @@ Shapes: B batch, H heads, N = B * H, L tokens, D head width.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,11 +91,10 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cu_seq_lens_q is not None:
         assert attention_mask is None, "packed rows have no mask"
-        ends = cu_seq_lens_q.tolist()
-        rows = [
-            _causal(query[0, :, a:b], key[0, :, a:b], value[0, :, a:b], scale)
-            for a, b in pairwise(ends)
-        ]
+        # split, not slices: a slice's gradient is a whole tensor of zeros with the slice in it.
+        lengths = cu_seq_lens_q.diff().tolist()
+        parts = (torch.split(x[0], lengths, dim=1) for x in (query, key, value))
+        rows = [_causal(q, k, v, scale) for q, k, v in zip(*parts, strict=True)]
         return torch.cat(rows, dim=1).transpose(0, 1)[None], None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.shape[2] > LONGEST or dropout > 0.0:
