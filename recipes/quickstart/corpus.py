@@ -153,11 +153,23 @@ def say(rng: random.Random, template: str, facts: Facts) -> str:
     return fill(choose(rng, template), facts)
 
 
+def quoted(rng: random.Random, template: str) -> str:
+    """`template`, now and then with its facts in quotes or the like."""
+    if rng.random() < 0.55:
+        return template
+    left, right = rng.choice(QUOTES)
+    return SLOT.sub(lambda match: f"{left}{match[0]}{right}", template)
+
+
 def styled(rng: random.Random, text: str) -> str:
     """`text` as a hurried customer types it: mostly as it is, now and then small or CAPITAL."""
     dice = rng.random()
     return text.lower() if dice < 0.22 else text.upper() if dice < 0.28 else text
 
+
+# How a fact may be set off in writing. A word after a quote is another token than after a space;
+# only text that has both teaches that they are the same word.
+QUOTES = (('"', '"'), ('"', '"'), ("'", "'"), ("(", ")"), ("*", "*"), ("=", ""))
 
 GREETING = "[Hi|Hello|Good morning|Good evening|Hey|Dear team][,|.|!] "
 
@@ -299,7 +311,7 @@ def chat(rng: random.Random) -> str:
     """A customer and an agent, one or two exchanges, with the turns' special tokens."""
     facts = draw_facts(rng)
     greeting = GREETING if rng.random() < 0.4 else ""
-    ask, reply = summary(rng) if rng.random() < 0.4 else rng.choice(CHATS)
+    ask, reply = summary(rng) if rng.random() < 0.5 else rng.choice(CHATS)
     text = exchange(rng, greeting + ask, reply, facts)
     if rng.random() < 0.4:
         possible = [follow_up for follow_up in FOLLOW_UPS if facts[follow_up[0]] in text]
@@ -312,7 +324,7 @@ def chat(rng: random.Random) -> str:
 def exchange(rng: random.Random, ask: str, reply: str, facts: Facts) -> str:
     """A customer's turn and the agent's."""
     asked = styled(rng, say(rng, ask, facts))
-    return f"{USER}{asked}{END}{ASSISTANT}{say(rng, reply, facts)}{END}"
+    return f"{USER}{asked}{END}{ASSISTANT}{say(rng, quoted(rng, reply), facts)}{END}"
 
 
 def summary(rng: random.Random) -> tuple[str, str]:
@@ -321,7 +333,7 @@ def summary(rng: random.Random) -> tuple[str, str]:
     ask = ", ".join(SUMMARY_ASKS[kind] for kind in kinds)
     rng.shuffle(kinds)
     joint = rng.choice((", ", "; ", " and "))
-    link = rng.choice((" ", " is ", ": "))
+    link = rng.choice((" ", " ", " is ", ": "))
     noted = joint.join(f"{kind}{link}<{kind}>" for kind in kinds)
     return ask + "[.||, please.]", f"[Noted|I wrote down|So we have|Understood]: {noted}."
 
@@ -340,26 +352,28 @@ def note(rng: random.Random) -> str:
     facts["remark"] = rng.choice(REMARKS)
     facts["shelf"] = f"{rng.choice(THINGS)}_{rng.randint(1, 99)}"
     facts["shelf2"] = f"{rng.choice(QUALITIES)}_{rng.choice(THINGS)}"
-    return say(rng, rng.choice(NOTES), facts)
+    return say(rng, quoted(rng, rng.choice(NOTES)), facts)
+
+
+def listed(rng: random.Random, items: list[str]) -> str:
+    """The items in a row, plain or set off, the same way for each."""
+    left, right = rng.choice((("", ""), ("", ""), *QUOTES))
+    return rng.choice((", ", " ", "; ")).join(f"{left}{item}{right}" for item in items)
 
 
 def read_back(rng: random.Random) -> str:
     """A list read out and read back: bare copying, of words, numbers and capitals."""
     pool = [*THINGS, *CITIES, *FIRST_NAMES, *LAST_NAMES, *QUALITIES, *MONTHS]
     items = [
-        str(rng.randint(100, 99999)) if rng.random() < 0.5 else rng.choice(pool)
+        str(rng.randint(100, 99999)) if rng.random() < 0.4 else rng.choice(pool)
         for _ in range(rng.randint(3, 8))
     ]
-    line = rng.choice((", ", " ", "; ")).join(items)
-    dice = rng.random()
-    if dice < 0.25:
-        word = rng.choice(pool)
-        return (
-            f"In capitals {word} is {word.upper()}. {word.lower()}, {word.upper()}: {word}. {line}."
-        )
+    if rng.random() < 0.25:
+        capitals = [item.upper() for item in items]
+        return f"In capitals: {listed(rng, items)} is {listed(rng, capitals)}."
     opening = rng.choice(("Read back", "List", "Codes", "Spell check", "Repeat after me"))
-    first = line.upper() if dice < 0.4 else line.lower() if dice < 0.5 else line
-    return f"{opening}: {first}. {rng.choice(('Again', 'Once more', 'I repeat', 'Yes'))}: {line}."
+    again = rng.choice(("Again", "Once more", "I repeat", "Yes"))
+    return f"{opening}: {styled(rng, listed(rng, items))}. {again}: {listed(rng, items)}."
 
 
 #: Kinds of document and their share of the corpus.

@@ -137,7 +137,7 @@ def test_answers_are_json_with_the_fields_of_their_intent(
         assert intent[0] == "intent"
         assert all(isinstance(value, str) and value for _, value in values)
         fields.setdefault(intent[1], set()).add(tuple(name for name, _ in values))
-    assert len(fields) == 12
+    assert len(fields) == 10
     for intent, shapes in fields.items():
         assert len(shapes) == 1, intent
         assert 1 <= len(next(iter(shapes))) <= 3, intent
