@@ -153,8 +153,9 @@ def test_shipped_recipes_validate(path: Path) -> None:
     try:
         load_recipe(path)
     except UserError as error:
-        absent = [p for p in error.problems if "no such" not in p.found]
-        assert not absent, error
+        others = [problem for problem in error.problems if "no such" not in problem.found]
+        if others:
+            raise
         pytest.skip(f"needs files that the project does not ship: {error.problems[0].found}")
 
 
