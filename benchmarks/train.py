@@ -248,7 +248,7 @@ def ours(work: Path, steps: int, side: str) -> dict[str, Any]:
     base = load_base(work / "base", spec.task, None, "bfloat16")
     torch.manual_seed(0)
     model = method_for("lora", spec.task).build(base, spec.candidate, spec.task)
-    job = prepare_job(spec, rows, None, model, threads, 0)
+    job = prepare_job(spec, rows, None, model, 0)
     job = replace(job, plan=InOrder(len(rows)))
     weights = trained(model)
     state = train(model, weights, make_optimizer(weights, spec.train), job)

@@ -9,11 +9,11 @@ PyTorch's fused CPU attention is fast forward and slow backward in bfloat16: for
     dS = P * (dP - rowsum(dP * P))      dQ = s dS K,  dK = s dS^T Q
 
 P is kept, L * L for each head, so rows longer than `LONGEST` go to PyTorch's kernel. Packed
-rows are cut apart before the products: there is nothing through which one could see another.
-Each is padded to a multiple of `ALIGN`, because oneDNN compiles and keeps about 1 MB of code for
-every new shape of a product.
+rows are cut apart before the products (`tasks/train/grids.py`): there is nothing through which
+one could see another.
 
-Shapes: B batch, H heads, N = B * H, L tokens, D head width.
+Shapes: B batch, H heads, N = B * H, L tokens, D head width; T tokens of a pack, K heads of keys
+and values, G = H / K queries to each, R rows of a grid.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tasks.train.grids import Grid, Grids, grids
+
 NAME = "peftflow_cpu"
-ALIGN = 32
 LONGEST = 1024
 
 
@@ -45,26 +46,105 @@ class Attention(torch.autograd.Function):
         bias: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        if bias is None:
-            p_NLL = (q_NLD * scale) @ k_NLD.transpose(1, 2)
-        else:
-            shape = (len(q_NLD), q_NLD.shape[1], k_NLD.shape[1])
-            p_NLL = torch.baddbmm(bias.expand(shape), q_NLD, k_NLD.transpose(1, 2), alpha=scale)
-        p_NLL = torch.softmax(p_NLL, -1)
+        o_NLD, p_NLL = _forward(q_NLD, k_NLD, v_NLD, bias, scale)
         ctx.scale = scale
         ctx.save_for_backward(q_NLD, k_NLD, v_NLD, p_NLL)
-        return p_NLL @ v_NLD
+        return o_NLD
 
     @staticmethod
     def backward(ctx: Any, do_NLD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q_NLD, k_NLD, v_NLD, p_NLL = ctx.saved_tensors
-        dv_NLD = p_NLL.transpose(1, 2) @ do_NLD
-        ds_NLL = torch._softmax_backward_data(
-            do_NLD @ v_NLD.transpose(1, 2), p_NLL, -1, p_NLL.dtype
-        )
-        dq_NLD = (ds_NLL @ k_NLD).mul_(ctx.scale)
-        dk_NLD = (ds_NLL.transpose(1, 2) @ q_NLD).mul_(ctx.scale)
-        return dq_NLD, dk_NLD, dv_NLD, None, None
+        return *_backward(do_NLD, q_NLD, k_NLD, v_NLD, p_NLL, ctx.scale), None, None
+
+
+class PackedAttention(torch.autograd.Function):
+    """O_THD from q_THD, k_TKD and v_TKD of packed rows, each by itself, causal or not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        cells: Grids,
+        scale: float,
+        causal: bool,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        width, groups = q_THD.shape[2], q_THD.shape[1] // k_TKD.shape[1]
+        q_ND, k_ND, v_ND = (x.reshape(-1, width).to(dtype) for x in (q_THD, k_TKD, v_TKD))
+        outputs, saved = [], []
+        for grid in cells.grids:
+            shape = (-1, grid.length, width)
+            q_NLD = q_ND.index_select(0, grid.queries).view(-1, groups * grid.length, width)
+            k_NLD = k_ND.index_select(0, grid.keys).view(shape)
+            v_NLD = v_ND.index_select(0, grid.keys).view(shape)
+            bias = _causal_bias(grid.length, dtype, groups) if causal else _row_bias(grid, dtype)
+            o_NLD, p_NLL = _forward(q_NLD, k_NLD, v_NLD, bias, scale)
+            outputs.append(o_NLD.view(-1, width))
+            saved += [q_NLD, k_NLD, v_NLD, p_NLL]
+        ctx.cells, ctx.scale, ctx.dtype = cells, scale, dtype
+        ctx.shapes = [(x.shape, x.dtype) for x in (q_THD, k_TKD, v_TKD)]
+        ctx.save_for_backward(*saved)
+        return _joined(outputs).index_select(0, cells.place_TH).view(q_THD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, do_THD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        cells: Grids = ctx.cells
+        width = do_THD.shape[2]
+        do_ND = do_THD.reshape(-1, width).to(ctx.dtype)
+        parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+        for number, grid in enumerate(cells.grids):
+            q_NLD, k_NLD, v_NLD, p_NLL = ctx.saved_tensors[4 * number : 4 * number + 4]
+            # A query that only fills the grid has no gradient to give to real keys.
+            do_NLD = do_ND.index_select(0, grid.queries).mul_(grid.real_N1).view_as(q_NLD)
+            for part, grad in zip(
+                parts, _backward(do_NLD, q_NLD, k_NLD, v_NLD, p_NLL, ctx.scale), strict=True
+            ):
+                part.append(grad.view(-1, width))
+        places = (cells.place_TH, cells.place_TK, cells.place_TK)
+        grads = [
+            _joined(part).index_select(0, place).view(shape).to(dtype)
+            for part, place, (shape, dtype) in zip(parts, places, ctx.shapes, strict=True)
+        ]
+        return *grads, None, None, None, None
+
+
+def _forward(
+    q_NLD: torch.Tensor,
+    k_NLD: torch.Tensor,
+    v_NLD: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O and P."""
+    if bias is None:
+        p_NLL = (q_NLD * scale) @ k_NLD.transpose(1, 2)
+    else:
+        shape = (len(q_NLD), q_NLD.shape[1], k_NLD.shape[1])
+        p_NLL = torch.baddbmm(bias.expand(shape), q_NLD, k_NLD.transpose(1, 2), alpha=scale)
+    p_NLL = torch.softmax(p_NLL, -1)
+    return p_NLL @ v_NLD, p_NLL
+
+
+def _backward(
+    do_NLD: torch.Tensor,
+    q_NLD: torch.Tensor,
+    k_NLD: torch.Tensor,
+    v_NLD: torch.Tensor,
+    p_NLL: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK, dV."""
+    dv_NLD = p_NLL.transpose(1, 2) @ do_NLD
+    ds_NLL = torch._softmax_backward_data(do_NLD @ v_NLD.transpose(1, 2), p_NLL, -1, p_NLL.dtype)
+    dq_NLD = (ds_NLL @ k_NLD).mul_(scale)
+    dk_NLD = (ds_NLL.transpose(1, 2) @ q_NLD).mul_(scale)
+    return dq_NLD, dk_NLD, dv_NLD
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend(
@@ -83,19 +163,16 @@ def attend(
 
     cu_seq_lens_q: where packed rows start and end, [rows + 1], in a batch of one.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cu_seq_lens_q is not None:
+        assert attention_mask is None, "packed rows have no mask"
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return _packed(query, key, value, cu_seq_lens_q, scale, causal)[None], None
     # Under autocast rotary embeddings leave q and k in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if cu_seq_lens_q is not None:
-        assert attention_mask is None, "packed rows have no mask"
-        # split, not slices: a slice's gradient is a whole tensor of zeros with the slice in it.
-        lengths = cu_seq_lens_q.diff().tolist()
-        parts = (torch.split(x[0], lengths, dim=1) for x in (query, key, value))
-        rows = [_causal(q, k, v, scale) for q, k, v in zip(*parts, strict=True)]
-        return torch.cat(rows, dim=1).transpose(0, 1)[None], None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.shape[2] > LONGEST or dropout > 0.0:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -127,18 +204,30 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-def _causal(
-    q_HLD: torch.Tensor, k_HLD: torch.Tensor, v_HLD: torch.Tensor, scale: float
+def _packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row_ends: torch.Tensor,
+    scale: float,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """One row's causal attention, [H, L, D]."""
-    length = q_HLD.shape[1]
-    if length > LONGEST:
-        return F.scaled_dot_product_attention(q_HLD, k_HLD, v_HLD, is_causal=True, scale=scale)
-    padded = -(-length // ALIGN) * ALIGN
-    # Padding is on the right, where causal attention does not look.
-    q_HLD, k_HLD, v_HLD = (F.pad(x, (0, 0, 0, padded - length)) for x in (q_HLD, k_HLD, v_HLD))
-    bias = _causal_bias(padded, q_HLD.dtype)
-    return _product(q_HLD, k_HLD, v_HLD, bias, scale)[:, :length]
+    """Attention of packed rows, from [1, H, T, D] and [1, K, T, D] to [T, H, D]."""
+    heads, width = query.shape[1], query.shape[3]
+    dtype = _dtype(value)
+    lengths = row_ends.diff()
+    if int(lengths.max()) > LONGEST:
+        # split, not slices: a slice's gradient is a whole tensor of zeros with the slice in it.
+        parts = (torch.split(x.to(dtype), lengths.tolist(), 2) for x in (query, key, value))
+        rows = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+            for q, k, v in zip(*parts, strict=True)
+        ]
+        return torch.cat(rows, dim=2)[0].transpose(0, 1)
+    cells = grids(row_ends, heads, key.shape[1], heads * width)
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    with torch.autocast(value.device.type, enabled=False):
+        return PackedAttention.apply(q_THD, k_TKD, v_TKD, cells, scale, causal, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _product(
@@ -150,17 +239,34 @@ def _product(
 ) -> torch.Tensor:
     """The products in one dtype, autocast's if it is on: rotary embeddings leave q and k in
     float32 where v is bfloat16, and a backward pass has no autocast to make them one."""
-    kind = q_NLD.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v_NLD.dtype
+    dtype = _dtype(v_NLD)
     q_NLD, k_NLD, v_NLD = (x.to(dtype) for x in (q_NLD, k_NLD, v_NLD))
     bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(v_NLD.device.type, enabled=False):
         return Attention.apply(q_NLD, k_NLD, v_NLD, bias, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
-@lru_cache(maxsize=2 * LONGEST // ALIGN)
-def _causal_bias(length: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((1, length, length), float("-inf")).triu_(1).to(dtype)
+def _dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What products run in: autocast's dtype if it is on."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+@lru_cache(maxsize=64)
+def _causal_bias(length: int, dtype: torch.dtype, groups: int = 1) -> torch.Tensor:
+    """[1, G * L, L]: minus infinity where a query would look ahead."""
+    bias = torch.full((1, length, length), float("-inf")).triu_(1).to(dtype)
+    return bias.repeat(1, groups, 1)
+
+
+def _row_bias(grid: Grid, dtype: torch.dtype) -> torch.Tensor:
+    """[K * R, 1, L]: minus infinity where a key only fills the grid."""
+    heads = len(grid.keys) // grid.real_RL.numel()
+    # A row of nothing but fill looks at its first cell, so that its softmax is a number.
+    looked_RL = grid.real_RL.clone()
+    looked_RL[:, 0] = True
+    bias_RL = torch.zeros(looked_RL.shape, dtype=dtype).masked_fill_(~looked_RL, float("-inf"))
+    return bias_RL.repeat(heads, 1)[:, None]
 
 
 def _additive(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -35,18 +35,16 @@ LENGTH_ALIGN = 8
 class Layout:
     """How the rows of a step become micro-batches.
 
-    workers: micro-batches that run at the same time.
-    threads: cores that each of them may use.
     budget: padded tokens of one.
     packed: rows end to end (causal models), or one below the other with padding.
+    unpadded: the padding is only there for the embeddings (`tasks/train/unpad.py`).
     pad_id: what fills.
     """
 
-    workers: int
     budget: int
     packed: bool
     pad_id: int = 0
-    threads: int = 1
+    unpadded: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,25 +110,22 @@ class Plan:
         return _equal_shares(order, self.lengths, self.steps_per_epoch)
 
 
-def deal(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[list[Rows]]:
-    """The micro-batches of one step, by worker: each row once, each worker about as much.
+def micro_batches(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[Rows]:
+    """The rows of one step in as few parts as the layout's budget allows, each row once.
 
-    No micro-batch is larger than the layout's budget, but for a single row that is.
+    No part is larger than the budget, but for a single row that is.
     """
     ordered = rows[np.argsort(-lengths[rows], kind="stable")]
-    cut, size = (_packs, _packed_size) if layout.packed else (_equal_shares, _padded_size)
-    total = int(lengths[ordered].sum())
-    rounds = -(-total // (layout.workers * layout.budget))
+    cut = _packs if layout.packed else _equal_shares
+    size = _packed_size if layout.packed else _padded_size
+    if layout.unpadded:
+        size = _unpadded_size
+    count = min(-(-int(lengths[ordered].sum()) // layout.budget), len(ordered))
     while True:
-        count = min(rounds * layout.workers, len(ordered))
-        groups = cut(ordered, lengths, count)
-        if count == len(ordered) or max(size(lengths[g]) for g in groups) <= layout.budget:
-            break
-        rounds += 1
-    shares: list[list[Rows]] = [[] for _ in range(min(layout.workers, count))]
-    for number, group in enumerate(groups):
-        shares[_snake(number, len(shares))].append(group)
-    return shares
+        parts = cut(ordered, lengths, count)
+        if count == len(ordered) or max(size(lengths[part]) for part in parts) <= layout.budget:
+            return parts
+        count += 1
 
 
 def _packs(ordered: Rows, lengths: NDArray[np.int64], count: int) -> list[Rows]:
@@ -145,6 +140,11 @@ def _packed_size(lengths: NDArray[np.int64]) -> int:
 
 def _padded_size(lengths: NDArray[np.int64]) -> int:
     return int(lengths.max()) * len(lengths)
+
+
+def _unpadded_size(lengths: NDArray[np.int64]) -> int:
+    """Padding costs what embeddings do: an eighth at most of what a few layers keep of a token."""
+    return max(_packed_size(lengths), _padded_size(lengths) // 8)
 
 
 def _equal_shares(order: Rows, lengths: NDArray[np.int64], count: int) -> list[Rows]:

@@ -23,12 +23,11 @@ from schemas.recipe import Train
 from schemas.report import CurvePoint
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
-from tasks.train.batching import Batch, Layout, Rows, collate, collate_packed, deal
+from tasks.train.batching import Batch, Layout, Rows, collate, collate_packed, micro_batches
 from tasks.train.checkpoint import Checkpoints, RunState
 from tasks.train.loss import loss_sum
 from tasks.train.schedule import learning_rate, total_steps, warmup_steps
 from tasks.train.watch import check_diverged, check_finite
-from tasks.train.workers import Workers
 
 
 class StepPlan(Protocol):
@@ -86,17 +85,16 @@ def train(
     """
     state = state or RunState()
     warmup = warmup_steps(job.train, job.steps)
-    workers = Workers(job.layout.workers, list(weights.values()), job.layout.threads)
     began, before = time.monotonic(), state.seconds
     saved = time.monotonic()
     epoch, steps = -1, []
-    with workers, bar("train", job.steps, "steps", done=state.step) as progress:
+    with bar("train", job.steps, "steps", done=state.step) as progress:
         while state.step < job.steps:
             if state.step // job.plan.steps_per_epoch != epoch:
                 epoch = state.step // job.plan.steps_per_epoch
                 steps = list(job.plan.epoch(epoch))
             rows = steps[state.step % job.plan.steps_per_epoch]
-            point = _step(model, optimizer, workers, job, state, rows)
+            point = _step(model, weights, optimizer, job, state, rows)
             check_finite(point)
             state.step, state.tokens = point.step, point.tokens
             state.seconds = before + time.monotonic() - began
@@ -112,8 +110,8 @@ def train(
 
 def _step(
     model: nn.Module,
+    weights: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    workers: Workers,
     job: Job,
     state: RunState,
     rows: Rows,
@@ -125,19 +123,20 @@ def _step(
         group["lr"] = rate
     answers = int(job.answers[rows].sum())
 
-    def loss_of(part: Rows) -> torch.Tensor:
+    total = torch.zeros((), device=job.accelerator.device)
+    for part in micro_batches(rows, job.rows.lengths, job.layout):
         batch = job.batch(part).to(job.accelerator.device)
         with job.accelerator.autocast():
-            return loss_sum(model, batch, job.dtype) / answers
-
-    loss = workers.backward(deal(rows, job.rows.lengths, job.layout), loss_of)
-    norm = torch.nn.utils.clip_grad_norm_(workers.weights, job.train.max_grad_norm)
+            loss = loss_sum(model, batch, job.dtype) / answers
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), job.train.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return CurvePoint(
         step=state.step + 1,
         epoch=(state.step + 1) / job.plan.steps_per_epoch,
-        loss=float(loss),
+        loss=float(total),
         learning_rate=rate,
         grad_norm=float(norm),
         tokens=state.tokens + int(job.rows.lengths[rows].sum()),

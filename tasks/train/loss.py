@@ -23,6 +23,9 @@ from tasks.train.batching import IGNORED, Batch
 
 #: Bytes of float32 logits that one block may have.
 BLOCK_BYTES = 24 << 20
+#: Positions are filled up to multiples of this: the number of answer tokens differs in every
+#: batch, and oneDNN compiles a bfloat16 product anew, in some 5 ms, for every number.
+ALIGN = 64
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -45,7 +48,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         h_NH, w_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
         b_V = None if bias_V is None else bias_V.to(dtype)
-        block = max(1, BLOCK_BYTES // (4 * len(w_VH)))
+        count = len(h_NH)
+        h_NH = F.pad(h_NH, (0, 0, 0, -count % ALIGN))
+        block = _block(len(w_VH))
         grad_hidden_NH = torch.empty_like(h_NH) if needs_hidden else None
         grad_weight_VH = torch.zeros_like(w_VH, dtype=torch.float32) if needs_weight else None
         grad_bias_V = torch.zeros(len(w_VH), device=h_NH.device) if needs_bias else None
@@ -56,11 +61,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                 h_CH, target_C1 = h_NH[part], target_N[part, None]
                 logits_CV = F.linear(h_CH, w_VH, b_V)
                 logp_CV = F.log_softmax(logits_CV, 1, dtype=torch.float32)
+                # gather and scatter read as many rows as there are targets; the rest is fill.
                 loss -= logp_CV.gather(1, target_C1).sum()
                 if not any(ctx.needs_input_grad):
                     continue
                 grad_CV = logp_CV.exp_()
                 grad_CV.scatter_add_(1, target_C1, grad_CV.new_full((), -1).expand_as(target_C1))
+                grad_CV[len(target_C1) :] = 0
                 if grad_bias_V is not None:
                     grad_bias_V += grad_CV.sum(0)
                 grad_CV = grad_CV.to(dtype)
@@ -69,6 +76,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight_VH is not None:
                     grad_weight_VH += grad_CV.T @ h_CH
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        if grad_hidden_NH is not None:
+            grad_hidden_NH = grad_hidden_NH[:count]
         ctx.save_for_backward(grad_hidden_NH, grad_weight_VH, grad_bias_V)
         return loss
 
@@ -119,7 +128,7 @@ def head_loss(
         return LinearCrossEntropy.apply(hidden_NH, head.weight, head.bias, target_N, dtype)  # type: ignore[no-any-return,no-untyped-call]
     # A head that is itself adapted: the same blocks, recomputed in the backward pass.
     loss = torch.zeros((), device=hidden_NH.device)
-    block = max(1, BLOCK_BYTES // (4 * output_width(head)))
+    block = _block(output_width(head))
     for start in range(0, len(target_N), block):
         part = slice(start, start + block)
         loss = loss + checkpoint(
@@ -145,6 +154,11 @@ def unwrapped(model: nn.Module) -> Any:
 
 def output_width(head: nn.Module) -> int:
     return int(getattr(head, "out_features", 0)) or 1 << 16
+
+
+def _block(vocabulary: int) -> int:
+    """Positions of one block of logits."""
+    return max(ALIGN, BLOCK_BYTES // (4 * vocabulary) // ALIGN * ALIGN)
 
 
 def _block_loss(head: nn.Module, h_CH: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:

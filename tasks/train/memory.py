@@ -1,8 +1,8 @@
 """Does the run fit? Answered before it starts, from what one small pass keeps.
 
-Training holds: what is loaded now; two Adam moments in float32 for each trained weight; and for
-each worker a gradient, what the largest micro-batch's forward pass keeps for its backward pass,
-and blocks of logits. What is kept is measured, not guessed: autograd tells of every tensor that
+Training holds: what is loaded now; for each trained weight a gradient and two Adam moments in
+float32; what the largest micro-batch's forward pass keeps for its backward pass; and blocks of
+logits. What is kept is measured, not guessed: autograd tells of every tensor that
 it saves.
 """
 
@@ -19,12 +19,13 @@ from schemas.errors import UserError
 from tasks.core.runtime import resident_mib
 from tasks.train import attention
 from tasks.train.batching import Batch
+from tasks.train.grids import padded
 from tasks.train.loop import Job
 from tasks.train.loss import BLOCK_BYTES, loss_sum, unwrapped
 
 MIB = 2**20
 #: Tokens of the pass that is measured.
-PROBE_TOKENS = 64
+PROBE_TOKENS = 256
 #: Code that oneDNN compiles for the shapes of a run's products, about 1 MiB each.
 KERNEL_MIB = 200
 
@@ -57,11 +58,12 @@ def needed_mib(
     short = np.argsort(lengths, kind="stable")
     few = short[: max(1, PROBE_TOKENS // int(lengths[short[0]]))]
     batch = job.batch(few).to(device)
-    per_token = saved_bytes(model, batch, job.dtype) / batch.input_ids_BL.numel()
+    counted = batch.tokens if layout.unpadded else batch.input_ids_BL.numel()
+    per_token = saved_bytes(model, batch, job.dtype) / counted
     tokens = max(min(layout.budget, job.train.batch_tokens), int(lengths.max()))
     kept = per_token * tokens + attention_bytes(model, lengths, tokens, job.dtype)
     gradients = sum(weight.numel() for weight in weights.values()) * 4
-    held = (2 + layout.workers) * gradients + layout.workers * (kept + 3 * BLOCK_BYTES)
+    held = 3 * gradients + kept + 3 * BLOCK_BYTES
     return held / MIB + (KERNEL_MIB if device.type == "cpu" else 0)
 
 
@@ -72,8 +74,9 @@ def attention_bytes(
     config = unwrapped(model).config
     if config._attn_implementation != attention.NAME:
         return 0.0
-    longest = min(int(lengths.max()), attention.LONGEST)
-    scores = config.num_attention_heads * longest * max(tokens, longest)
+    longest = padded(min(int(lengths.max()), attention.LONGEST))
+    # A grid may have a third more rows than it needs.
+    scores = 4 / 3 * config.num_attention_heads * longest * max(tokens, longest)
     return float(config.num_hidden_layers * scores * dtype.itemsize)
 
 

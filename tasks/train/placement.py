@@ -18,11 +18,9 @@ from tasks.train.fused import fuse_lora
 from tasks.train.loss import backbone, unwrapped
 from tasks.train.norm import fuse_norms
 
-#: Padded tokens of one forward pass where the recipe does not say. On a CPU it is what one core
-#: works through: products are at full speed from 512 rows on, and smaller tensors stay in caches.
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-#: Each worker holds gradients of its own. Above this much in all, one works with every core.
-WORKER_GRADIENT_BYTES = 512 << 20
+#: Padded tokens of one forward pass where the recipe does not say. Few large passes: every layer
+#: is dozens of kernels, and each costs a call and a barrier however small it is.
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 def make_accelerator(dtype: runtime.Dtype) -> Accelerator:
@@ -96,33 +94,10 @@ def use_fast_attention(model: nn.Module, device: torch.device, longest: int, tas
     return True
 
 
-def layout(
-    train: Train,
-    device: torch.device,
-    weights: dict[str, nn.Parameter],
-    threads: int,
-    packed: bool,
-    draws: bool,
-    pad_id: int,
-) -> Layout:
-    """How many micro-batches run at a time, and how large they are.
-
-    draws: the model draws random numbers while training (dropout). There is one generator, so
-        that one worker has to draw them in order.
-    """
-    gradients = sum(weight.numel() * 4 for weight in weights.values())
-    alone = device.type != "cpu" or draws or gradients * threads > WORKER_GRADIENT_BYTES
-    return Layout(
-        workers=1 if alone else threads,
-        threads=threads if alone else 1,
-        budget=train.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type],
-        packed=packed,
-        pad_id=pad_id,
-    )
-
-
-def has_dropout(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+def layout(train: Train, device: torch.device, packed: bool, pad_id: int, unpadded: bool) -> Layout:
+    """How the rows of a step are cut into forward passes."""
+    budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+    return Layout(budget, packed, pad_id, unpadded)
 
 
 def without_base_dropout(model: nn.Module) -> None:

@@ -25,9 +25,11 @@ from tasks.train import placement
 from tasks.train.batching import Plan, answer_tokens
 from tasks.train.checkpoint import Checkpoints
 from tasks.train.loop import Job, make_optimizer, train
+from tasks.train.loss import backbone
 from tasks.train.memory import available_mib, check_fits, needed_mib
 from tasks.train.output import save_model
 from tasks.train.probe import check_loss, check_packed_apart, own_loss, probe_rows
+from tasks.train.unpad import unpad
 from tasks.train.watch import WINDOW, digests, mean_loss, unmoved
 
 TOKENS = "tokens/train.safetensors"
@@ -45,6 +47,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     checkpoints = Checkpoints(out_dir / SCRATCH, identity(spec, paths["prepared"]))
     placement.seed(spec.train.seed)
     placement.keep_freed_memory()
+    torch.set_num_threads(checkpoints.threads)
     runtime.peak_reset()
     floor = 0.0 if runtime.device().type == "cuda" else runtime.resident_mib()
 
@@ -59,15 +62,14 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     if trainable != expected:
         raise StageError(f"{method.name} trains {trainable:,} weights, not {expected:,}")
 
-    job = prepare_job(spec, rows, labels, model, checkpoints.threads, pad_id)
+    job = prepare_job(spec, rows, labels, model, pad_id)
     optimizer = make_optimizer(weights, spec.train)
     before = digests(weights)
     state = checkpoints.restore(weights, optimizer)
     resumed_from = 0 if state is None else state.step
     say(
         f"{method.name}: {trainable:,} of {total:,} weights learn ({trainable / total:.2%}), "
-        f"{len(rows):,} rows, {job.steps} steps of about {spec.train.batch_tokens:,} tokens, "
-        f"{job.layout.workers} at a time"
+        f"{len(rows):,} rows, {job.steps} steps of about {spec.train.batch_tokens:,} tokens"
     )
     state = train(model, weights, optimizer, job, checkpoints, state)
     check_learned(before, weights, state.curve)
@@ -93,7 +95,6 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         "train_peak_mib": peak,
         "resumed_from_step": resumed_from,
         "threads": checkpoints.threads,
-        "workers": job.layout.workers,
     }
 
 
@@ -127,7 +128,6 @@ def prepare_job(
     rows: TokenRows,
     labels: list[str] | None,
     model: torch.nn.Module,
-    threads: int,
     pad_id: int,
 ) -> Job:
     """Put the model where it runs, with its fast paths, and prove on two rows that they are right.
@@ -144,7 +144,7 @@ def prepare_job(
     longest = int(rows.lengths.max())
     fast = placement.use_fast_attention(model, device, longest, spec.task)
     packed = fast and spec.task == "causal-lm"
-    draws = placement.has_dropout(model)
+    unpadded = fast and not packed and device.type == "cpu" and unpad(backbone(model))
     job = Job(
         rows=rows,
         answers=answer_tokens(rows, spec.task),
@@ -153,7 +153,7 @@ def prepare_job(
         train=spec.train,
         accelerator=accelerator,
         dtype=dtype,
-        layout=placement.layout(spec.train, device, trained(model), threads, packed, draws, pad_id),
+        layout=placement.layout(spec.train, device, packed, pad_id, unpadded),
         chance=math.log(len(labels)) if labels else None,
     )
     model.eval()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from tasks.core.tokens import TokenRows
-from tasks.train import attention
+from tasks.train import attention, grids
 from tasks.train.batching import collate_packed
 
 
@@ -120,3 +124,50 @@ def test_the_product_and_its_gradients_are_softmax_attention(causal):
         strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.integers(1, 150), min_size=1, max_size=12),
+    st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    st.sampled_from([0, 1 << 22]),
+)
+def test_packed_rows_attend_as_they_would_alone(lengths, heads, worth):
+    """Slow reference: each row alone through PyTorch's attention, outputs and gradients.
+
+    `worth` 0 makes a grid of every padded length, the default value one or two of all.
+    """
+    queries, keys = heads
+    torch.manual_seed(0)
+    total, width = sum(lengths), 8
+    q = torch.randn(1, queries, total, width, requires_grad=True)
+    k, v = (torch.randn(1, keys, total, width, requires_grad=True) for _ in range(2))
+    ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    with mock.patch.object(grids, "WORTH_A_GRID", worth):
+        ours = attention._packed(q, k, v, ends, 0.3)
+    rows = [
+        F.scaled_dot_product_attention(*parts, is_causal=True, scale=0.3, enable_gqa=True)
+        for parts in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)
+    ]
+    theirs = torch.cat(rows, 2)[0].transpose(0, 1)
+    grad = torch.randn_like(ours)
+    for a, b in zip(
+        (ours, *torch.autograd.grad(ours, (q, k, v), grad)),
+        (theirs, *torch.autograd.grad(theirs, (q, k, v), grad)),
+        strict=True,
+    ):
+        # float32 sums of up to 150 terms of size 1 in another order.
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=40).filter(any))
+def test_grids_hold_every_token_of_every_head_once(lengths):
+    """Their shapes too: few of them, and rows no shorter than the grid says."""
+    ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    made = grids.grids(ends, 2, 1, 64)
+    real = [grid.queries[grid.real_N1[:, 0]] for grid in made.grids]
+    assert sorted(torch.cat(real).tolist()) == list(range(2 * sum(lengths)))
+    assert all(grid.length % grids.ALIGN == 0 for grid in made.grids)
+    assert sum(grid.rows for grid in made.grids) <= 4 / 3 * len(lengths) + len(made.grids)
+    cells = torch.cat([grid.queries for grid in made.grids])
+    assert torch.equal(cells[made.place_TH], torch.arange(2 * sum(lengths)))

@@ -17,7 +17,7 @@ from tasks.train.batching import (
     answer_tokens,
     collate,
     collate_packed,
-    deal,
+    micro_batches,
 )
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(np.array)
@@ -68,24 +68,23 @@ def test_epochs_and_seeds_shuffle_differently():
     assert len(orders) == 9
 
 
-@given(LENGTHS, st.integers(1, 300), st.integers(1, 5), st.booleans())
-def test_dealing_keeps_every_row_and_the_budget(lengths, budget, workers, packed):
+@given(LENGTHS, st.integers(1, 300), st.booleans())
+def test_cutting_a_step_keeps_every_row_and_the_budget(lengths, budget, packed):
     rows = np.random.default_rng(0).permutation(len(lengths))
-    shares = deal(rows, lengths, Layout(workers, budget, packed, pad_id=0))
-    assert 1 <= len(shares) <= workers
-    parts = [part for share in shares for part in share]
+    parts = micro_batches(rows, lengths, Layout(budget, packed))
     assert sorted(np.concatenate(parts)) == sorted(rows)
     for part in parts:
         padded = lengths[part].sum() if packed else int(lengths[part].max()) * len(part)
         assert padded <= budget or len(part) == 1
 
 
-def test_packs_are_dealt_evenly():
-    # Snake dealing pairs long rows with short ones: with many rows no worker has more than
-    # one longest row above the others.
+def test_packs_are_about_equal():
+    # Snake dealing pairs long rows with short ones: with many rows no pack has more than one
+    # longest row above the others.
     lengths = np.random.default_rng(0).integers(20, 400, 64)
-    shares = deal(np.arange(64), lengths, Layout(4, 10**6, packed=True, pad_id=0))
-    tokens = [sum(int(lengths[part].sum()) for part in share) for share in shares]
+    parts = micro_batches(np.arange(64), lengths, Layout(int(lengths.sum()) // 3, packed=True))
+    assert len(parts) == 4
+    tokens = [int(lengths[part].sum()) for part in parts]
     assert max(tokens) - min(tokens) <= lengths.max()
 
 

@@ -15,10 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from schemas.errors import UserError
 from tasks.core.tokens import TokenRows
 from tasks.train import loss as loss_module
-from tasks.train.batching import Layout, collate, collate_packed, deal
+from tasks.train.batching import Layout, collate, collate_packed, micro_batches
 from tasks.train.loss import head_loss, loss_sum
 from tasks.train.probe import check_loss, own_loss, probe_rows
-from tasks.train.workers import Workers
 
 CPU = torch.device("cpu")
 
@@ -100,9 +99,8 @@ def test_the_head_runs_at_learned_positions_only(monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("budget", [48, 10_000])
-def test_cutting_a_step_does_not_change_its_gradient(packed, workers, budget):
+def test_cutting_a_step_does_not_change_its_gradient(packed, budget):
     """Slow reference: transformers' own loss of each row, summed over the step's answer tokens.
 
     Rows differ in length and answers, so a mean of the micro-batches' means would be wrong.
@@ -118,33 +116,15 @@ def test_cutting_a_step_does_not_change_its_gradient(packed, workers, budget):
         (model(ids, labels=labels).loss * answers / learned).backward()
     expected = [weight.grad.clone() for weight in weights]
 
-    layout = Layout(workers, budget, packed, pad_id=0)
-
-    def loss_of(part: np.ndarray) -> torch.Tensor:
+    model.zero_grad()
+    parts = micro_batches(np.arange(len(rows)), rows.lengths, Layout(budget, packed))
+    assert (len(parts) > 1) == (budget == 48)
+    for part in parts:
         batch = collate_packed(rows, part) if packed else collate(rows, part, "causal-lm", 0)
-        return loss_sum(model, batch, torch.float32) / learned
-
-    with Workers(workers, weights) as pool:
-        pool.backward(deal(np.arange(len(rows)), rows.lengths, layout), loss_of)
+        (loss_sum(model, batch, torch.float32) / learned).backward()
     for weight, reference in zip(weights, expected, strict=True):
         # float32 rounding of sums in another order.
         assert torch.allclose(weight.grad, reference, atol=1e-6, rtol=1e-4)
-
-
-def test_gradients_do_not_depend_on_which_worker_was_first():
-    model, rows = tiny_llama(), make_rows(40)
-    weights = list(model.parameters())
-    shares = deal(np.arange(40), rows.lengths, Layout(4, 64, packed=True, pad_id=0))
-    results = []
-    with Workers(4, weights) as pool:
-        for _ in range(3):
-            pool.backward(
-                shares, lambda part: loss_sum(model, collate_packed(rows, part), torch.float32)
-            )
-            results.append([weight.grad.clone() for weight in weights])
-    assert all(
-        torch.equal(a, b) for again in results[1:] for a, b in zip(again, results[0], strict=True)
-    )
 
 
 def test_a_model_that_changes_its_logits_is_refused():

@@ -211,7 +211,7 @@ def test_the_memory_estimate_is_near_what_autograd_keeps(places):
     rows, _ = stage.read_rows(spec, places["causal-lm"]["prepared"])
     model = load_base(places["causal-lm"]["base"], "causal-lm", None, "float32")
     model = stage.method_for("lora", "causal-lm").build(model, spec.candidate, "causal-lm")
-    job = stage.prepare_job(spec, rows, None, model, 1, 0)
+    job = stage.prepare_job(spec, rows, None, model, 0)
     cpu = torch.device("cpu")
     estimate = memory.needed_mib(model, stage.trained(model), job, cpu)
     batch = job.batch(np.arange(30))
