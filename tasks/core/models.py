@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from schemas.errors import UserError
+from schemas.errors import StageError, UserError
 from tasks.core.bases import require_safetensors
+from tasks.core.progress import warn
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 
 MODEL_CLASSES = {
@@ -49,45 +50,75 @@ def load_base(
 ) -> PreTrainedModel:
     """The pretrained model on the CPU, in evaluation mode.
 
-    A classification head that the checkpoint lacks is drawn with `head_seed`, always in float32.
+    A classification head that the checkpoint lacks, or has for other labels, is drawn with
+    `head_seed`: the same numbers in every dtype but for its rounding.
 
     Raises:
         UserError: no safetensors in the directory, or a checkpoint that is not for this task.
     """
-    require_safetensors(base)
+    torch.manual_seed(head_seed)
+    model, loading = _load(base, task, labels, dtype, ignore_mismatched_sizes=labels is not None)
+    missing = sorted(loading["missing_keys"])
+    if labels is None and missing:
+        raise UserError.at(
+            base,
+            f"holds no weights for {len(missing)} tensors of a {task} model, e.g. {missing[0]}",
+            "choose a base that was trained for this task",
+        )
+    inside = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+    if inside:
+        warn(f"{base} lacks {', '.join(inside)}: drawn at random, and trained only by `full`")
+    return model
+
+
+def _load(
+    place: Path, task: str, labels: list[str] | None, dtype: Dtype, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model and transformers' account of which tensors were found."""
+    require_safetensors(place)
     extra: dict[str, Any] = {}
     if labels is not None:
         extra = {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,
         }
-    torch.manual_seed(head_seed)
     try:
-        model = MODEL_CLASSES[task].from_pretrained(
-            base,
+        model, loading = MODEL_CLASSES[task].from_pretrained(
+            place,
+            output_loading_info=True,
             dtype=TORCH_DTYPES[dtype],
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             **extra,
+            **options,
         )
     except ValueError as error:
         raise UserError.at(
-            base, f"cannot be loaded for {task}: {error}", "choose another base"
+            place, f"cannot be loaded for {task}: {error}", "choose another base"
         ) from error
-    model.eval()
-    return cast(PreTrainedModel, model)
+    if labels is not None and model.config.pad_token_id is None:
+        # A decoder finds a text's last token by what is padding. The registered model's code
+        # (tasks/register/served_model.py) has the same rule.
+        model.config.pad_token_id = load_tokenizer(place).pad_token_id or 0
+    return cast(PreTrainedModel, model.eval()), loading
 
 
 def load_trained(
     base: Path, model_dir: Path, task: str, labels: list[str] | None, dtype: Dtype
 ) -> torch.nn.Module:
-    """What a train or merge entry holds in `model/`: an adapter on its base, or a whole model."""
+    """What a train or merge entry holds in `model/`: an adapter on its base, or a whole model.
+
+    Raises:
+        StageError: a whole model with tensors missing or of another size.
+    """
     if (model_dir / "adapter_config.json").exists():
         from peft import PeftModel
 
         model = load_base(base, task, labels, dtype)
         return cast(torch.nn.Module, PeftModel.from_pretrained(model, model_dir).eval())
-    return cast(torch.nn.Module, load_base(model_dir, task, labels, dtype))
+    whole, loading = _load(model_dir, task, labels, dtype)
+    if loading["missing_keys"]:
+        raise StageError(f"{model_dir} lacks {', '.join(sorted(loading['missing_keys']))}")
+    return cast(torch.nn.Module, whole)

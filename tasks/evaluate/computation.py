@@ -32,6 +32,7 @@ from tasks.evaluate.batches import Inputs, left_padded, right_padded, run_on
 from tasks.evaluate.latency import quiet, wait
 from tasks.evaluate.scoring import masked_losses
 from tasks.evaluate.subject import Subject
+from tasks.methods.fused import fuse_lora
 from tasks.methods.table import method_for
 
 #: Tokens of the micro-batch on a CPU, where a larger one takes longer and tells no more.
@@ -185,6 +186,7 @@ class Trainee:
         method = method_for(candidate.method, subject.task)
         base = subject.load_base("float32" if method.trained_base else subject.dtype)
         self.model = method.build(base, candidate, subject.task).to(runtime.device())
+        fuse_lora(self.model)
         self.dtype = runtime.TORCH_DTYPES[subject.dtype]
         learned = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimiser = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.0, fused=True)

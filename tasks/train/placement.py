@@ -12,9 +12,9 @@ from torch import nn
 
 from schemas.recipe import Train
 from tasks.core import runtime
+from tasks.methods.fused import fuse_lora
 from tasks.train import attention
 from tasks.train.batching import Layout
-from tasks.train.fused import fuse_lora
 from tasks.train.loss import backbone, unwrapped
 from tasks.train.norm import fuse_norms
 

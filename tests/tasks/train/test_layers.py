@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tasks.train.fused import fuse_lora
+from tasks.methods.fused import fuse_lora
 from tasks.train.norm import fuse_norms
 
 
