@@ -7,8 +7,9 @@ this process renders the next batch and gathers the last.
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -26,6 +27,9 @@ from tasks.prepare.spans import Counts, Rules, Span, Unfit, causal_row, cut_text
 
 #: Rows that are encoded at a time: enough for all cores, few enough to stay in their caches.
 BATCH_ROWS = 2048
+#: Batches that are encoded while another is gathered. With two the cores have work where the
+#: longest text of a batch, or the handing over of its tokens, would leave some idle.
+AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -190,16 +194,17 @@ def spells(texts: pl.Series, words: list[str]) -> pl.Series:
 def encoded(
     tokenizer: Any, batches: Iterable[tuple[list[str], Batch]], *, add_special: bool
 ) -> Iterator[tuple[list[Any], Batch]]:
-    """Encode batches of texts, one of them ahead of its use."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
+    """Encode batches of texts, `AHEAD` of them ahead of their use."""
+    waiting: deque[tuple[Future[list[Any]], Batch]] = deque()
+    with ThreadPoolExecutor(AHEAD) as threads:
         for texts, batch in batches:
-            coming = thread.submit(tokenizer.encode_batch, texts, add_special_tokens=add_special)
-            if waiting is not None:
-                yield waiting[0].result(), waiting[1]
-            waiting = coming, batch
-        if waiting is not None:
-            yield waiting[0].result(), waiting[1]
+            coming = threads.submit(tokenizer.encode_batch, texts, add_special_tokens=add_special)
+            waiting.append((coming, batch))
+            if len(waiting) > AHEAD:
+                ready, batch = waiting.popleft()
+                yield ready.result(), batch
+        for ready, batch in waiting:
+            yield ready.result(), batch
 
 
 class Gathered:
