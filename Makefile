@@ -20,8 +20,9 @@ lint: .venv/.installed-dev
 
 # make bench QUICK=--quick for the short form of each.
 bench: .venv/.installed-bench
-	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
-	  echo "== $$script $(QUICK)"; $(BIN)/python $$script $(QUICK) || exit 1; done
+	@failed=; for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script $(QUICK)"; $(BIN)/python $$script $(QUICK) || failed="$$failed $$script"; done; \
+	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean:
 	rm -rf .venv .peftflow build *.egg-info

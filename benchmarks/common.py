@@ -37,7 +37,7 @@ def at_most(name: str, value: float, unit: str, limit: float) -> Result:
 
 def write(name: str, rows: list[Result], *, quick: bool, notes: str = "") -> None:
     """Print the table; write benchmarks/results/NAME.json (NAME.quick.json for a short run)."""
-    table = Table(title=f"benchmarks/{name}.py" + (" --quick" if quick else ""))
+    table = Table(title=f"benchmarks: {name}" + (" --quick" if quick else ""))
     for column in ("what", "value", "unit", "bar", "met"):
         table.add_column(column, justify="right" if column == "value" else "left")
     for row in rows:
@@ -45,7 +45,8 @@ def write(name: str, rows: list[Result], *, quick: bool, notes: str = "") -> Non
         met = {None: "", True: "yes", False: "NO"}[row.met]
         table.add_row(row.name, value, row.unit, row.bar or "", met)
     Console(width=110).print(table)
-    commit, dirty = git_state()
+    # A result that was just written does not change what the next benchmark measures.
+    commit, dirty = git_state(ignore="benchmarks/results")
     record = {
         "provenance": {
             "commit": commit,
@@ -54,7 +55,7 @@ def write(name: str, rows: list[Result], *, quick: bool, notes: str = "") -> Non
             "libraries": libraries(),
             "python": sys.version.split()[0],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         },
         "notes": notes,
         "rows": [asdict(row) for row in rows],

@@ -28,9 +28,6 @@ ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart"
 ROWS, QUICK_ROWS = 1_000_000, 100_000
 
-#: Bytes of a row, on average, as in the figures of the field's chat sets.
-ROW_BYTES = 380
-
 #: Rows of the tokenising measurement, and how often both sides are timed, in turn.
 TOKENIZE_ROWS, QUICK_TOKENIZE_ROWS, REPEATS = 100_000, 20_000, 5
 

@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps, one seed: does it run")
     arguments = parser.parse_args()
     if not (ROOT / "recipes" / "data").exists():
-        sys.exit("recipes/data is absent: docs/results.md says how to fill it")
+        print("skipped: recipes/data is absent, docs/results.md says how to fill it")
+        return
     with tempfile.TemporaryDirectory() as temporary:
         home = arguments.home or Path(temporary)
         rows: list[Result] = []

@@ -133,7 +133,7 @@ class Calls:
         inputs = {"trained": trained, **labels}
         return self._step(spec, "transformers", inputs, self._with_base, self._weights, label)
 
-    def register(self, rows: Made, finished: Made, evaluated: Made) -> Step:
+    def register(self, rows: Made, finished: Made, evaluated: Made, page: Made) -> Step:
         recipe = self.recipe
         spec = RegisterSpec(
             task=recipe.task,
@@ -143,7 +143,7 @@ class Calls:
             max_new_tokens=recipe.evaluate.max_new_tokens,
             tracking=self.home.registry,
         )
-        inputs = {"prepared": rows, "finished": finished, "evaluated": evaluated}
+        inputs = {"prepared": rows, "finished": finished, "evaluated": evaluated, "page": page}
         return self._step(spec, "registration", inputs, self._with_base, self._weights)
 
     def page(self, inputs: dict[str, Made], selected: str, why: str) -> Step:

@@ -72,7 +72,7 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     evaluated["finished"] = hands.make(calls.evaluate("finished", rows, finished))
 
     page = hands.make(calls.page(page_inputs(rows, trained, evaluated), choice.label, choice.why))
-    registered = hands.make(calls.register(rows, finished, evaluated["finished"]))
+    registered = hands.make(calls.register(rows, finished, evaluated["finished"], page))
     registration = read(Registration, registered.path / "registration.json")
 
     reports = {label: criteria(entry) for label, entry in evaluated.items()}

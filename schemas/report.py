@@ -144,10 +144,10 @@ class CriteriaReport(Strict):
             flat[name] = interval.value
         for row in self.inference_overhead:
             tag = f"b{row.batch_size}" + ("_merged" if row.merged else "")
-            flat[f"prefill_p50_ms_{tag}"] = row.prefill_p50_ms
-            flat[f"prefill_ratio_{tag}"] = row.prefill_ratio
-            flat[f"token_p50_ms_{tag}"] = row.token_p50_ms
-            flat[f"token_ratio_{tag}"] = row.token_ratio
+            flat |= {
+                f"{figure}_{tag}": value
+                for figure, value in row.model_dump(exclude={"batch_size", "merged"}).items()
+            }
         return {name: float(value) for name, value in flat.items() if value is not None}
 
 
@@ -164,9 +164,11 @@ def figure_names(task: str, batch_sizes: list[int]) -> list[str]:
     names += ["trainable_parameters", "trainable_share"]
     names += [*Memory.model_fields, *Computation.model_fields]
     names += ["retention_loss", "retention_change"]
-    per_token = ["token_p50_ms", "token_ratio"] if task == "causal-lm" else []
+    timed = [name for name in Latency.model_fields if name not in ("batch_size", "merged")]
+    if task != "causal-lm":
+        timed = [name for name in timed if not name.startswith("token_")]
     for size in batch_sizes:
-        for figure in ["prefill_p50_ms", "prefill_ratio", *per_token]:
+        for figure in timed:
             names += [f"{figure}_b{size}", f"{figure}_b{size}_merged"]
     return names
 

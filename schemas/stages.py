@@ -65,7 +65,7 @@ class EvaluateSpec(Frozen):
     """
 
     STAGE: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     task: Task
     subject: Literal["base", "candidate", "finished"]
@@ -87,14 +87,14 @@ class MergeSpec(Frozen):
 
 
 class RegisterSpec(Frozen):
-    """paths: prepared, base, finished (merge or train entry), evaluated.
+    """paths: prepared, base, finished (merge or train entry), evaluated, page.
 
     The entry: registration.json (`schemas.report.Registration`). The registry itself is named
     by the environment variable MLFLOW_TRACKING_URI, which may hold a secret.
     """
 
     STAGE: ClassVar[str] = "register"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     task: Task
     name: str

@@ -20,24 +20,6 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_tree(root: Path, names: list[str] | None = None) -> str:
-    """The hash of a file, or of a directory's file names and contents (of `names` if given).
-
-    Hidden files and directories (`.git`, `.cache`) do not count.
-    """
-    if root.is_file():
-        return sha256_file(root)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        relative = path.relative_to(root)
-        if any(part.startswith(".") for part in relative.parts):
-            continue
-        if names is not None and relative.as_posix() not in names:
-            continue
-        digest.update(f"{relative.as_posix()}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
 def canonical_json(value: Any) -> str:
     """JSON with one spelling for one value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -7,6 +7,7 @@ Only safetensors are read: a `.bin` or `.pt` checkpoint is a pickle, which runs 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,13 +112,20 @@ def load_trained(
     """What a train or merge entry holds in `model/`: an adapter on its base, or a whole model.
 
     Raises:
-        StageError: a whole model with tensors missing or of another size.
+        StageError: tensors are missing.
     """
     if (model_dir / "adapter_config.json").exists():
         from peft import PeftModel
 
         model = load_base(base, task, labels, dtype)
-        return cast(torch.nn.Module, PeftModel.from_pretrained(model, model_dir).eval())
+        with warnings.catch_warnings():
+            # PEFT says this in a warning, and goes on with what it drew at random.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            try:
+                adapted = PeftModel.from_pretrained(model, model_dir)
+            except UserWarning as missing:
+                raise StageError(f"{model_dir} is not whole: {missing}") from missing
+        return cast(torch.nn.Module, adapted.eval())
     whole, loading = _load(model_dir, task, labels, dtype)
     if loading["missing_keys"]:
         raise StageError(f"{model_dir} lacks {', '.join(sorted(loading['missing_keys']))}")

@@ -25,6 +25,7 @@ LIBRARIES = (
     "prefect",
     "mlflow",
     "bitsandbytes",
+    "trl",
 )
 
 
@@ -73,15 +74,23 @@ def libraries() -> dict[str, str]:
     return found
 
 
-def git_state() -> tuple[str | None, bool | None]:
-    """The commit of the checkout that holds this file, and whether it has changes."""
+def git_state(ignore: str = "") -> tuple[str | None, bool | None]:
+    """The commit of the checkout that holds this file, and whether it has changes.
+
+    ignore: a directory of the checkout whose changes do not count.
+    """
     root = Path(__file__).parent
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
         ).stdout.strip()
+        where = [":/", f":(exclude,top){ignore}"] if ignore else [":/"]
         changes = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--", *where],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None, None

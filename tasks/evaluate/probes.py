@@ -82,8 +82,9 @@ def _spawn(spec: EvaluateSpec, paths: dict[str, Path]) -> subprocess.Popen[str]:
     request: dict[str, Any] = {"spec": spec.model_dump(mode="json"), "paths": named}
     root = str(Path(__file__).parents[2])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    # -P: a directory named `tasks` where the user stands must not be taken for ours.
     return subprocess.Popen(
-        [sys.executable, "-m", "tasks.evaluate.memory", json.dumps(request)],
+        [sys.executable, "-P", "-m", "tasks.evaluate.memory", json.dumps(request)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,6 +3,7 @@
 model/           the whole model with its tokenizer, or the adapter
 tokenizer/       beside an adapter: the tokenizer of its base
 serving.json     how it is to be asked (`served_model.py` reads it)
+report.html      the run's report: every candidate beside the base, plots, examples, the data
 criteria.json    the five criteria, measured on this very model
 data_report.json what became of the rows
 manifest.json    hashes of data, base and files; git state; library versions
@@ -85,6 +86,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         directory / "manifest.json",
         {name: manifest.model_dump(mode="json") for name, manifest in manifests.items()},
     )
+    shutil.copyfile(paths["page"] / "report.html", directory / "report.html")
     shutil.copyfile(paths["evaluated"] / "criteria.json", directory / "criteria.json")
     shutil.copyfile(paths["prepared"] / "data_report.json", directory / "data_report.json")
     (directory / "README.md").write_text(card)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,10 @@ def load_model(package: Path, serving: dict[str, Any]) -> Any:
         options["num_labels"] = len(serving["labels"])
         options["ignore_mismatched_sizes"] = True
     base = load(find_base(serving["base"]), local_files_only=True, **options)
-    return PeftModel.from_pretrained(base, package / "model")
+    with warnings.catch_warnings():
+        # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(base, package / "model")
 
 
 def find_base(base: dict[str, Any]) -> Path:

@@ -55,9 +55,20 @@ def reload(
     request, answer = scratch / "rows.json", scratch / "answer"
     request.write_text(json.dumps([[row.tokens, row.text] for row in rows]))
     answer.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tasks.register.reload", model_uri, str(request), str(answer)]
+    # -P: a directory named `tasks` where the user stands must not be taken for ours.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tasks.register.reload",
+        model_uri,
+        str(request),
+        str(answer),
+    ]
+    root = str(Path(__file__).parents[2])
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "MLFLOW_TRACKING_URI": tracking,
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),

@@ -75,7 +75,7 @@ _KNOWN = [
 KNOWN = {figure.name: figure for figure in _KNOWN}
 ORDER = {figure.name: place for place, figure in enumerate(_KNOWN)}
 
-LATENCY = re.compile(r"(prefill|token)_(p50_ms|ratio)_b(\d+)(_merged)?")
+LATENCY = re.compile(r"(prefill|token)_(p50_ms|p95_ms|ratio)_b(\d+)(_merged)?")
 
 
 def figure(name: str) -> Figure:
@@ -89,6 +89,7 @@ def figure(name: str) -> Figure:
     where = f"batch {match[3]}" + (", merged" if match[4] else "")
     if match[2] == "ratio":
         return Figure(name, "overhead", f"{phase}, {where}", OF_BASE, "lower", 2)
+    phase += " p95" if match[2] == "p95_ms" else ""
     return Figure(name, "overhead", f"{phase}, {where}", MS, "lower")
 
 

@@ -11,11 +11,11 @@ from tasks.report.inputs import TITLES, Inputs
 
 @dataclass(frozen=True)
 class LatencyCell:
-    """name: the flat name of the figure, where it has one."""
+    """name: the flat name of the figure."""
 
     text: str
     value: float
-    name: str | None
+    name: str
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def _cells(row: Latency, ms: Scale) -> list[LatencyCell]:
     ratio = Scale(1, OF_BASE[0][1], 2)
     found = [
         (row.prefill_p50_ms, ms, f"prefill_p50_ms_{tag}"),
-        (row.prefill_p95_ms, ms, None),
+        (row.prefill_p95_ms, ms, f"prefill_p95_ms_{tag}"),
         (row.prefill_ratio, ratio, f"prefill_ratio_{tag}"),
         (row.token_p50_ms, ms, f"token_p50_ms_{tag}"),
-        (row.token_p95_ms, ms, None),
+        (row.token_p95_ms, ms, f"token_p95_ms_{tag}"),
         (row.token_ratio, ratio, f"token_ratio_{tag}"),
     ]
     return [

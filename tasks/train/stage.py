@@ -179,8 +179,9 @@ def check_learned(
         )
     if still:
         warn(f"{len(still)} of {len(weights)} trained tensors did not move, e.g. {still[0]}")
-    first, last = mean_loss(curve[: WINDOW // 2]), mean_loss(curve[-WINDOW:])
-    if len(curve) > WINDOW and last >= first:
+    half = len(curve) // 2
+    first, last = mean_loss(curve[: min(half, WINDOW // 2)]), mean_loss(curve[-min(half, WINDOW) :])
+    if half > 1 and last >= first:
         warn(
             f"the loss did not fall: {first:.4f} over the first steps, {last:.4f} over the last; "
             "train longer, or change train.learning_rate"

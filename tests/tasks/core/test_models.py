@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -19,6 +21,7 @@ from transformers import (
 from schemas.errors import StageError, UserError
 from tasks.core.models import load_base, load_trained
 
+ADAPTER = "adapter_model.safetensors"
 TINY_BERT = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -101,3 +104,17 @@ def test_a_decoder_without_a_padding_token_classifies_rows_of_different_lengths(
     alone = [model(torch.tensor([row])).logits[0] for row in rows]
     # float32 rounding of a batch against one row.
     assert torch.allclose(together, torch.stack(alone), atol=1e-6)
+
+
+def test_an_adapter_that_lacks_a_tensor_is_an_error(tmp_path):
+    """PEFT itself warns, draws the tensor at random, and goes on."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = classifier(base, 2)
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(adapter)
+    load_trained(base, adapter, "sequence-classification", list("ab"), "float32")
+    weights = load_file(adapter / ADAPTER)
+    gone = next(name for name in weights if "lora_A" in name)
+    save_file({name: w for name, w in weights.items() if name != gone}, adapter / ADAPTER)
+    with pytest.raises(StageError, match="missing adapter keys"):
+        load_trained(base, adapter, "sequence-classification", list("ab"), "float32")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from schemas.errors import RetryableError, UserError
 from schemas.stages import Call
-from tasks.core.files import canonical_json, sha256_tree, write_atomic
+from tasks.core.files import canonical_json, write_atomic
 from tasks.core.store import MANIFEST, Store, damage, key_of, storage_errors
 
 
@@ -236,15 +236,6 @@ def test_write_atomic_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
         write_atomic(path, 3)  # type: ignore[arg-type]
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_tree_hash_sees_names_and_contents_but_not_hidden_files(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("1")
-    first = sha256_tree(tmp_path)
-    (tmp_path / ".cache").write_text("2")
-    assert sha256_tree(tmp_path) == first
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert sha256_tree(tmp_path) != first
 
 
 values = st.recursive(

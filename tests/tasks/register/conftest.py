@@ -220,8 +220,13 @@ def make_causal(home: Path, accuracy: float = 0.93) -> World:
             "base": QUICKSTART,
             "finished": finished,
             "evaluated": evaluated,
+            "page": make_page(home),
         },
     )
+
+
+def make_page(home: Path) -> Path:
+    return make_entry(home, "report", lambda out: (out / "report.html").write_text("<html>"))
 
 
 def make_classifier(home: Path) -> World:
@@ -262,6 +267,7 @@ def make_classifier(home: Path) -> World:
             "evaluated": make_entry(
                 home, "evaluate", lambda out: write_criteria(out, dtype="bfloat16")
             ),
+            "page": make_page(home),
         },
     )
 

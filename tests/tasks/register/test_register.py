@@ -116,11 +116,18 @@ def test_a_version_carries_its_whole_story(registered: Any) -> None:
         assert part in card
     assert str(registered.home) not in card
     assert json.loads((package / "serving.json").read_text())["template"] == "chat"
+    assert (package / "report.html").read_text() == "<html>"
     assert not list(stored.rglob("*.pkl"))
     assert json.loads((stored / "input_example.json").read_text())
 
 
-def test_an_adapter_needs_exactly_its_base(classifier: Any, tmp_path: Path) -> None:
+def test_an_adapter_needs_exactly_its_base(
+    classifier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A directory named `tasks` where the user stands is not taken for ours.
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "__init__.py").write_text("raise SystemExit('not ours')")
+    monkeypatch.chdir(tmp_path)
     entry = classifier.register()
     assert entry.facts["max_logit_difference"] == 0.0
     assert entry.facts["prompts_asked_alike"] == "3/3"
