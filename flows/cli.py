@@ -240,7 +240,7 @@ def schema() -> None:
     """The JSON Schema of a recipe, for editors."""
     from schemas.load import recipe_json_schema
 
-    print(json.dumps(recipe_json_schema(), indent=2))
+    print(json.dumps(recipe_json_schema(), indent=1))
 
 
 def guarded(work: Work, home: Path | None, as_json: bool = False) -> None:

@@ -6,6 +6,7 @@ Imports pydantic and yaml alone, so that a typo is answered in a blink.
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,10 +50,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         root = yaml.compose(text, Loader=UniqueKeyLoader)
         tree = yaml.load(text, Loader=UniqueKeyLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError.at(place, f"not YAML: {error.problem}", "correct this line") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _not_yaml(path, text, error) from None
     if not isinstance(tree, dict):
         raise UserError.at(path, "not a mapping", "a recipe starts with `name:` and `task:`")
     for override in overrides or []:
@@ -71,7 +70,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 def is_hub_id(model: str, directory: Path) -> bool:
     """Whether a `base.model` names the hub: no such path beside the recipe, and `org/name`."""
-    return not (directory / model).exists() and bool(HUB_ID.match(model))
+    return not os.path.exists(directory / model) and bool(HUB_ID.match(model))
 
 
 def resolve(name: str, recipe_path: Path) -> Path:
@@ -86,12 +85,24 @@ def recipe_json_schema() -> dict[str, Any]:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice (YAML's own loader keeps the last, silently)
-    and reads 2e-3 as a number (YAML 1.1 wants 2.0e-3 and calls the rest a string)."""
+    """Safe YAML that refuses a key given twice (YAML's own loader keeps the last, silently),
+    reads 2e-3 as a number (YAML 1.1 wants 2.0e-3 and calls the rest a string), and names the
+    line of a date or number that cannot be."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            # PyYAML raises these for a text that its tag, resolved or written, does not fit.
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{_short(node.value)} cannot be read: {error}", node.start_mark
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # no key for a mapping: refused below
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
@@ -105,6 +116,19 @@ UniqueKeyLoader.add_implicit_resolver(
     re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
+
+
+def _not_yaml(path: Path, text: str, error: yaml.YAMLError | RecursionError) -> UserError:
+    """What keeps a text from being YAML, with its line where the parser knows it."""
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        found = f"not YAML: the control character {text[error.position]!r}"
+        return UserError.at(f"{path}:{line}", found, "remove it")
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        return UserError.at(place, f"not YAML: {error.problem}", "correct this line")
+    return UserError.at(path, "sections or brackets nested too deeply", "a recipe has five at most")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -133,7 +157,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if last:
             try:
                 node[index] = yaml.load(value, Loader=UniqueKeyLoader)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, RecursionError):
                 raise UserError.at(place, f"{value!r} is not YAML", "quote the value") from None
         elif isinstance(node, dict):
             node = node.setdefault(index, {})
@@ -184,7 +208,7 @@ def _echo(detail: ErrorDetails, details: list[ErrorDetails]) -> bool:
 def _figure_problems(source: _Document) -> Iterator[Problem]:
     """Figures that are named in `select` and the gate but that no report will have."""
     task = source.get("task")
-    if task not in TASK_METRICS:
+    if not isinstance(task, str) or task not in TASK_METRICS:
         return
     sizes = source.get("evaluate", "batch_sizes")
     if not isinstance(sizes, list):
@@ -210,12 +234,13 @@ def _file_problems(source: _Document) -> Iterator[Problem]:
     """Files and directories that are named but not there, and hub ids without a commit."""
     directory = source.path.parent
     model = source.get("base", "model")
-    if isinstance(model, str) and not (directory / model).exists():
+    # os.path, since pathlib raises where a name is longer than any file's.
+    if isinstance(model, str) and not os.path.exists(directory / model):
         revision = source.get("base", "revision")
         if not HUB_ID.match(model):
             yield Problem(
                 source.place(["base", "model"]),
-                f"no such directory: {model}",
+                f"no such directory: {_short(model)}",
                 "give a directory relative to the recipe file, or a hub id `org/name`",
             )
         elif not isinstance(revision, str) or not HUB_COMMIT.match(revision):
@@ -229,10 +254,10 @@ def _file_problems(source: _Document) -> Iterator[Problem]:
         name = source.get("data", split, "path")
         if not isinstance(name, str) or name.startswith("hub:"):
             continue
-        if not (directory / name).is_file():
+        if not os.path.isfile(directory / name):
             yield Problem(
                 source.place(["data", split, "path"]),
-                f"no such file: {name}",
+                f"no such file: {_short(name)}",
                 "paths are relative to the recipe file; `hub:NAME` names a hub data set",
             )
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -24,15 +25,18 @@ Task = Literal["causal-lm", "sequence-classification"]
 Metric = Literal["accuracy", "macro_f1", "exact_match", "field_f1", "perplexity", "loss"]
 
 #: A bound on a metric, as written in `select.subject_to` and `register.gate`.
-BOUND = re.compile(r"^\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*$")
+NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+BOUND = re.compile(rf"^\s*(<=|>=|<|>)\s*({NUMBER})\s*$")
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
 class Frozen(BaseModel):
-    """What every part of a recipe shares: immutable, and unknown keys are errors."""
+    """What every part of a recipe shares: immutable; unknown keys, NaN and infinity are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", str_strip_whitespace=True, allow_inf_nan=False
+    )
 
 
 class Base(Frozen):
@@ -183,10 +187,24 @@ class Evaluate(Frozen):
     generate_rows: int | None = Field(
         None, ge=1, description="Generate answers for this many test rows. null: all of them."
     )
-    batch_sizes: list[int] = Field(default_factory=lambda: [1, 8], min_length=1)
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [1, 8], min_length=1
+    )
     prompt_tokens: int = Field(64, ge=1, description="Prompt length for the latency figures.")
     repeats: int = Field(20, ge=3, description="Timed repeats of each latency figure.")
     bootstrap: int = Field(1000, ge=100, description="Resamples for the 95 % intervals.")
+
+
+def checked_bound(value: Any) -> Any:
+    """A bound as given, or a ValueError that says how to write one."""
+    text = str(value)
+    if isinstance(value, str) and BOUND.match(text):
+        return value
+    limit = text if re.fullmatch(NUMBER, text) else "0.9"
+    raise ValueError(f'is no bound; write e.g. ">= {limit}" or "<= {limit}"')
+
+
+Bound = Annotated[str, BeforeValidator(checked_bound)]
 
 
 class Select(Frozen):
@@ -194,7 +212,7 @@ class Select(Frozen):
 
     maximize: str | None = Field(None, description="A figure of the report, e.g. accuracy.")
     minimize: str | None = Field(None, description="A figure of the report, e.g. perplexity.")
-    subject_to: dict[str, str] = Field(
+    subject_to: dict[str, Bound] = Field(
         default_factory=dict, description='Bounds, e.g. {adapter_mib: "<= 10"}.'
     )
 
@@ -203,11 +221,6 @@ class Select(Frozen):
         if (self.maximize is None) == (self.minimize is None):
             raise ValueError("give exactly one of `maximize` and `minimize`")
         return self
-
-    @field_validator("subject_to")
-    @classmethod
-    def _bounds(cls, value: dict[str, str]) -> dict[str, str]:
-        return checked_bounds(value)
 
 
 class Finish(Frozen):
@@ -220,15 +233,10 @@ class Register(Frozen):
     """The MLflow registered model, and what a version must show before it is promoted."""
 
     name: str = Field(pattern=NAME)
-    gate: dict[str, str] = Field(
+    gate: dict[str, Bound] = Field(
         default_factory=dict, description='Bounds on the finished model, e.g. {accuracy: ">= 0.9"}.'
     )
     promote: bool = Field(False, description="Give a version that passes the gate `champion`.")
-
-    @field_validator("gate")
-    @classmethod
-    def _bounds(cls, value: dict[str, str]) -> dict[str, str]:
-        return checked_bounds(value)
 
 
 class Recipe(Frozen):
@@ -257,14 +265,6 @@ class Recipe(Frozen):
         if taken := sorted({"base", "finished"} & set(labels)):
             raise ValueError(f"the name {taken[0]!r} means something else in reports: take another")
         return value
-
-
-def checked_bounds(bounds: dict[str, str]) -> dict[str, str]:
-    """The bounds as given, or a ValueError that names the first that cannot be read."""
-    for name, bound in bounds.items():
-        if not BOUND.match(bound):
-            raise ValueError(f'{name}: {bound!r} is no bound; write e.g. ">= 0.9" or "<= 10"')
-    return bounds
 
 
 def holds(bound: str, value: float) -> bool:

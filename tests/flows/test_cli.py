@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ def test_people_read_the_same_errors_with_place_and_fix(
     "arguments",
     [
         ["run", "no-such.yaml"],
+        ["run", "{odd}"],
         ["run"],
         ["explode"],
         ["report"],
@@ -57,6 +57,9 @@ def test_people_read_the_same_errors_with_place_and_fix(
 def test_what_the_user_got_wrong_is_exit_2(
     tmp_path: Path, arguments: list[str], peftflow: Any
 ) -> None:
+    odd = tmp_path / "odd.yaml"
+    odd.write_text("name: a\x00b\n")
+    arguments = [argument.format(odd=odd) for argument in arguments]
     home = [] if arguments in (["run"], ["explode"]) else ["--home", tmp_path / "home"]
     assert peftflow(*arguments, *home).code == 2
 
@@ -98,4 +101,4 @@ def test_doctor_finds_a_home_that_cannot_be_written(tmp_path: Path, peftflow: An
 def test_the_shipped_schema_is_the_one_that_is_printed(peftflow: Any) -> None:
     ended = peftflow("schema")
     shipped = (ROOT / "schemas" / "recipe.schema.json").read_text()
-    assert json.loads(ended.out) == json.loads(shipped)
+    assert ended.out == shipped

@@ -86,7 +86,7 @@ def test_unknown_figures_name_the_nearest(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (("rows.csv", "nowhere.csv"), "data.train.path: no such file: nowhere.csv"),
+        (("rows.csv", "nowhere.csv"), "data.train.path: no such file: 'nowhere.csv'"),
         (("model: base", "model: ./nowhere"), "no such directory"),
         (("model: base", "model: org/name"), "without a pinned commit"),
         (("model: base", "model: org/name, revision: main"), "without a pinned commit"),
@@ -97,6 +97,22 @@ def test_unknown_figures_name_the_nearest(folder: Path) -> None:
         (("{maximize: accuracy,", "{"), "exactly one of"),
         (("task: seq", "task: x\ntask: seq"), "stands twice"),
         (("base: {model", "base: [model"), "not YAML"),
+        (("name: banking77-intent\nt", "name: bank\x00ing\nt"), "recipe.yaml:1: not YAML: the c"),
+        (("base: {model: base}", "base: {model: 'b\x07'}"), "recipe.yaml:3: not YAML: the c"),
+        (("task: sequence-classification", "task: [causal-lm]"), "found ['causal-lm']"),
+        (("name: banking77-intent\nt", "? {a: b}\nt"), "recipe.yaml:1: not YAML: found unhashable"),
+        (("holdout: 0.1", "holdout: 2020-13-41"), "recipe.yaml:6: not YAML: '2020-13-41' cannot"),
+        (("holdout: 0.1", "holdout: !!bool x"), "recipe.yaml:6: not YAML: 'x' cannot"),
+        (("model: base", f"model: {'x' * 5000}"), "base.model: no such directory: 'xxx"),
+        (("rows.csv", "x" * 5000), "data.train.path: no such file: 'xxx"),
+        (("model: base", f"model: {'[' * 3000}{']' * 3000}"), "nested too deeply"),
+        (("holdout: 0.1", "holdout: .nan"), "finite number"),
+        (("method: full", "method: full, train: {epochs: .inf}"), "finite number"),
+        (("learning_rate: 2e-3", "learning_rate: .inf"), "train.learning_rate: found inf"),
+        (("select:", "evaluate: {batch_sizes: [0, -1]}\nselect:"), "batch_sizes[1]: found -1"),
+        (('"<= 10"', "10"), "select.subject_to.adapter_mib: found 10\n    fix: is no bound; write"),
+        (('"<= 10"', "0.85"), 'write e.g. ">= 0.85" or "<= 0.85"'),
+        (('"<= 10"', "[10]"), 'write e.g. ">= 0.9" or "<= 0.9"'),
     ],
 )
 def test_each_mistake(folder: Path, change: tuple[str, str], expected: str) -> None:
@@ -124,6 +140,8 @@ def test_overrides(folder: Path) -> None:
         ("candidates.7.rank=4", "items 0 to 1"),
         ("name.x=4", "not a section"),
         ("train.epoch=1", "did you mean `epochs`"),
+        ("train.epochs=2020-13-41", "is not YAML"),
+        pytest.param(f"train.epochs={'[' * 3000}", "is not YAML", id="nested"),
     ],
 )
 def test_bad_overrides(folder: Path, override: str, expected: str) -> None:
@@ -161,7 +179,7 @@ def test_shipped_recipes_validate(path: Path) -> None:
 
 def test_json_schema_is_the_generated_one() -> None:
     committed = json.loads((ROOT / "schemas/recipe.schema.json").read_text())
-    assert committed == recipe_json_schema(), "run `peftflow schema --write`"
+    assert committed == recipe_json_schema(), "run `peftflow schema > schemas/recipe.schema.json`"
     assert yaml.safe_load(GOOD).keys() <= committed["properties"].keys()
 
 
