@@ -69,11 +69,17 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def peftflow() -> Callable[..., Ended]:
-    """`peftflow ARGUMENTS` in a process of its own; python: options of the interpreter."""
+    """`peftflow ARGUMENTS` in a process of its own.
 
-    def run(*arguments: object, python: tuple[str, ...] = ()) -> Ended:
+    python: options of the interpreter. variables: of the environment, besides this process's.
+    """
+
+    def run(
+        *arguments: object, python: tuple[str, ...] = (), variables: dict[str, str] | None = None
+    ) -> Ended:
         command = [sys.executable, *python, "-m", "flows.cli", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        around = environment() | (variables or {})
+        done = subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True)
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return run
