@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.home import Home
-from schemas.errors import Problem, RetryableError, StageError, UserError
+from schemas.errors import STAGE_ERRORS, Problem, StageError, UserError
 from schemas.stages import Call
 from tasks.core.store import Entry, key_of, read_manifest
 
@@ -43,7 +43,7 @@ def run_stage(
 
     Raises:
         UserError: the stage found the input wrong.
-        RetryableError: it could not finish now, and may later.
+        RetryableError: it could not finish now, and may later (DiskFullError: when there is room).
         StageError: it failed; the message ends with where its log is.
     """
     log = home.logs / f"{call.stage}-{key_of(call)[:12]}.log"
@@ -118,7 +118,7 @@ def _failure(call: Call, code: int, last: Event | None, log: Path) -> Exception:
     if last is not None and last["event"] == "user_error":
         return UserError([Problem(**problem) for problem in last["problems"]])
     if last is not None and last["event"] == "failure":
-        kind = RetryableError if last["retryable"] else StageError
+        kind = STAGE_ERRORS[last["kind"]]
         return kind(f"{call.stage}: {last['message']}\n    log: {log}")
     if code > 128:
         name = signal.Signals(code - 128).name

@@ -8,7 +8,7 @@ from flows.home import Home
 from flows.records import RunRecord, Subject, reports_path
 from flows.standing import aliases
 from flows.story import Outcome
-from schemas.errors import RetryableError, UserError
+from schemas.errors import DiskFullError, UserError
 
 
 def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
@@ -29,7 +29,7 @@ def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
 
 def is_users(error: BaseException) -> bool:
     """Whether it is for the user to put right: the input, or a disk that stayed full."""
-    return isinstance(error, UserError | RetryableError)
+    return isinstance(error, UserError | DiskFullError)
 
 
 def problems_of(error: BaseException) -> list[dict[str, str]]:

@@ -1,7 +1,8 @@
 """The two ways in which a run can end badly, and how each is told to a person.
 
 `UserError` is for what a user wrote or gave; the command line prints it and exits with 2.
-`StageError` is for what went wrong while working; the command line exits with 1.
+`StageError` is for what went wrong while working; the command line exits with 1, but with 2
+where the disk is full, since its user alone can free some.
 """
 
 from __future__ import annotations
@@ -46,4 +47,12 @@ class StageError(RuntimeError):
 
 
 class RetryableError(StageError):
-    """A stage that could not finish now and may later: a full disk, a server that is away."""
+    """A stage that could not finish now and may later, such as a server that is away."""
+
+
+class DiskFullError(RetryableError):
+    """No space is left. Retried as others are; what stays full is the user's to put right."""
+
+
+#: What a stage's process can end with, by the name that it tells its parent.
+STAGE_ERRORS = {kind.__name__: kind for kind in (StageError, RetryableError, DiskFullError)}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from schemas.errors import RetryableError, StageError, UserError
+from schemas.errors import StageError, UserError
 from schemas.recipe import Frozen
 from schemas.stages import Call
 from tasks.core.progress import emit
@@ -41,8 +41,8 @@ def main(spec_type: type[Spec], run: Callable[[Spec, Paths, Path], dict[str, Any
     except Exception as error:
         if not isinstance(error, StageError):
             traceback.print_exc()
-        retryable = isinstance(error, RetryableError)
+        kind = type(error) if isinstance(error, StageError) else StageError
         message = str(error) or type(error).__name__
-        emit({"event": "failure", "message": message, "retryable": retryable})
+        emit({"event": "failure", "message": message, "kind": kind.__name__})
         sys.exit(1)
     emit({"event": "entry", "message": str(entry.path), "key": entry.key})

@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from schemas.errors import RetryableError, UserError
+from schemas.errors import DiskFullError, UserError
 from schemas.manifest import FileRecord, Manifest
 from schemas.stages import Call
 from tasks.core.files import fsync_path, sha256_file, sha256_json, write_atomic
@@ -100,7 +100,7 @@ class Store:
         Raises:
             UserError: from `run`, which leaves the store as it was; or the store cannot be
                 written to.
-            RetryableError: the disk is full. Nothing of the store is changed.
+            DiskFullError: nothing could be written. Nothing of the store is changed.
         """
         key = key_of(call)
         with storage_errors(self.root):
@@ -124,9 +124,15 @@ class Store:
         return Entry(self.path(call.stage, key), read_manifest(self.path(call.stage, key)))
 
     def entries(self, stage: str = "*") -> Iterator[Entry]:
-        """Every whole entry (of one stage), unchecked: for listings."""
-        for manifest in sorted(self.root.glob(f"{stage}/[!.]*/{MANIFEST}")):
-            yield Entry(manifest.parent, read_manifest(manifest.parent))
+        """Every entry (of one stage) with a readable manifest, unchecked: for listings."""
+        for path in sorted(self.root.glob(f"{stage}/[!.]*/{MANIFEST}")):
+            try:
+                manifest = read_manifest(path.parent)
+            except (OSError, ValidationError):
+                # Whoever needs this entry makes it again; others must not fail with it.
+                warn(f"{path} cannot be read: its entry is left out")
+                continue
+            yield Entry(path.parent, manifest)
 
     def _seal(
         self, call: Call, key: str, work: Path, facts: dict[str, Any], watch: Stopwatch
@@ -212,17 +218,30 @@ def damage(path: Path) -> str | None:
 
 @contextmanager
 def storage_errors(root: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into words with a fix."""
+    """Turn a full disk, or a file that may not be used, into words with a fix.
+
+    Raises:
+        DiskFullError: whatever library met it.
+        UserError: `root`, or another file, may not be written or read.
+    """
     try:
         yield
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
         if code in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL):
-            raise RetryableError(
+            raise DiskFullError(
                 f"{root}: the disk is full. Free some space and run again: "
                 "finished stages are kept, and training goes on from its last checkpoint."
             ) from error
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if isinstance(error, OSError) and code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            named = isinstance(error.filename, str | bytes)
+            other = Path(os.fsdecode(error.filename)) if named else root
+            if not (other.is_relative_to(root) or root.is_relative_to(other)):
+                raise UserError.at(
+                    other,
+                    f"may not be used: {error.strerror}",
+                    "make it readable to this user (and writable, where it is a cache)",
+                ) from error
             raise UserError.at(
                 root, "cannot be written to", "choose another place with --home DIR"
             ) from error

@@ -9,12 +9,12 @@ import pytest
 
 from flows.execute import Event, run_stage
 from flows.home import Home
-from schemas.errors import RetryableError, StageError, UserError
+from schemas.errors import DiskFullError, RetryableError, StageError, UserError
 from schemas.stages import Call
 
 STAGE = """
 import os, signal, sys, time
-from schemas.errors import Problem, RetryableError, StageError, UserError
+from schemas.errors import DiskFullError, Problem, RetryableError, StageError, UserError
 from schemas.recipe import Frozen
 from tasks.core.progress import bar, say, warn
 from tasks.core.stage import main
@@ -32,7 +32,9 @@ def run(spec, paths, out):
     if spec.does == "user":
         raise UserError([Problem("a:1", "one", "first"), Problem("b:2", "two", "second")])
     if spec.does == "retryable":
-        raise RetryableError("the disk is full")
+        raise RetryableError("a server is away")
+    if spec.does == "full":
+        raise DiskFullError("the disk is full")
     if spec.does == "terminal":
         raise StageError("diverged")
     if spec.does == "bug":
@@ -89,8 +91,11 @@ def test_every_problem_of_the_user_comes_back_with_place_and_fix(home: Home) -> 
 
 
 def test_what_may_succeed_later_is_told_from_what_will_not(home: Home) -> None:
-    with pytest.raises(RetryableError, match="disk is full"):
+    with pytest.raises(RetryableError, match="server is away") as away:
         act(home, "retryable")
+    assert not isinstance(away.value, DiskFullError)
+    with pytest.raises(DiskFullError, match="disk is full"):
+        act(home, "full")
     with pytest.raises(StageError, match="diverged") as caught:
         act(home, "terminal")
     assert not isinstance(caught.value, RetryableError)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.errors import RetryableError, UserError
+from schemas.errors import DiskFullError, UserError
 from schemas.stages import Call
 from tasks.core.files import canonical_json, write_atomic
 from tasks.core.store import MANIFEST, Store, damage, key_of, storage_errors
@@ -93,6 +93,17 @@ def test_damage_is_found_set_aside_and_made_again(
     assert damage(again.path) is None
     assert "is damaged" in capfd.readouterr().err
     assert len(list((tmp_path / "prepare").glob(".bad-*"))) == 1
+
+
+def test_a_manifest_that_cannot_be_read_is_left_out_of_listings_aloud(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path)
+    made = store.make(call(), write_two)
+    torn = store.make(call(spec={"rate": 0.2}), write_two)
+    (torn.path / MANIFEST).write_text('{"stage": "prep')
+    assert [entry.key for entry in store.entries("prepare")] == [made.key]
+    assert f"{torn.path / MANIFEST} cannot be read" in capfd.readouterr().err
 
 
 def test_failed_stage_leaves_no_entry_but_its_scratch(tmp_path: Path) -> None:
@@ -181,7 +192,7 @@ def test_two_makers_make_one_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "kind", "words"),
     [
-        (errno.ENOSPC, RetryableError, "disk is full"),
+        (errno.ENOSPC, DiskFullError, "disk is full"),
         (errno.EROFS, UserError, "--home"),
         (errno.EACCES, UserError, "--home"),
     ],
@@ -193,6 +204,17 @@ def test_storage_errors_have_a_fix(
         raise OSError(number, os.strerror(number))
 
 
+def test_a_file_elsewhere_is_named_and_not_the_home(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught, storage_errors(tmp_path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/train.jsonl")
+    problem = caught.value.problems[0]
+    assert problem.place == "/data/train.jsonl"
+    assert "make it readable" in problem.fix
+    inside = str(tmp_path / "prepare" / "manifest.json")
+    with pytest.raises(UserError, match="--home"), storage_errors(tmp_path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), inside)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -202,7 +224,7 @@ def test_storage_errors_have_a_fix(
 )
 def test_a_full_disk_that_is_no_oserror(tmp_path: Path, error: Exception) -> None:
     # As safetensors and SQLite were seen to say it.
-    with pytest.raises(RetryableError, match="Free some space"), storage_errors(tmp_path):
+    with pytest.raises(DiskFullError, match="Free some space"), storage_errors(tmp_path):
         raise error
 
 
@@ -222,7 +244,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
             (out / "big").write_bytes(b"x" * 1_000_000)
             return {}
 
-        with pytest.raises(RetryableError, match="disk is full"):
+        with pytest.raises(DiskFullError, match="disk is full"):
             store.make(call(), fill)
         assert store.find(call()) is None
     finally:
