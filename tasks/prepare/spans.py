@@ -7,8 +7,9 @@ prompt and answer belongs to the answer, and is counted: the prompt alone ends i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from tasks.prepare.locate import Located
 from tasks.prepare.render import Rendered
 
 #: Tokens after an answer within which the template's end-of-turn token is looked for.
@@ -51,7 +52,7 @@ class Counts:
 
 
 def causal_row(
-    encoding: Any, rendered: Rendered, rules: Rules, counts: Counts
+    encoding: Located, rendered: Rendered, rules: Rules, counts: Counts
 ) -> tuple[list[int], list[Span], bool]:
     """The tokens of a row up to its last learned token, what is learned, whether it was cut.
 
@@ -68,12 +69,12 @@ def causal_row(
         start = token_at(encoding, start_char, end_char)
         if start is None:
             raise Unfit("no_answer_token")
-        if encoding.token_to_chars(start)[0] < start_char:
+        if begins(encoding, start) < start_char:
             merged = True
         end = token_at(encoding, end_char, len(rendered.text))
         if end is None:
             end = last
-        elif ids[end] not in rules.stops and encoding.token_to_chars(end)[0] < end_char:
+        elif ids[end] not in rules.stops and begins(encoding, end) < end_char:
             end += 1
         stop = stop_after(encoding, ids, end, rendered.text, end_char, rules.stops)
         closed = stop is not None
@@ -93,7 +94,7 @@ def causal_row(
     return ids, spans, truncated
 
 
-def token_at(encoding: Any, char: int, limit: int) -> int | None:
+def token_at(encoding: Located, char: int, limit: int) -> int | None:
     """The first token at or after a character, below `limit`: a dropped character has none."""
     token: int | None = None
     while char < limit and (token := encoding.char_to_token(char)) is None:
@@ -101,8 +102,15 @@ def token_at(encoding: Any, char: int, limit: int) -> int | None:
     return token
 
 
+def begins(encoding: Located, token: int) -> int:
+    """The character at which a token of the text begins."""
+    place = encoding.token_to_chars(token)
+    assert place is not None, "a special token stands nowhere in the text"
+    return place[0]
+
+
 def stop_after(
-    encoding: Any, ids: list[int], end: int, text: str, char: int, stops: frozenset[int]
+    encoding: Located, ids: list[int], end: int, text: str, char: int, stops: frozenset[int]
 ) -> int | None:
     """The position behind the stop token that closes an answer, or None.
 

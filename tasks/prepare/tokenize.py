@@ -1,14 +1,15 @@
 """The rows of one split as tokens.
 
 The tokenizer encodes whole batches on all cores with Python's lock released, in a thread, while
-this process renders the next batch and gathers the last.
+this process renders the next batch and gathers the last. Where a token stands in its text is
+found from the tokens if they are bytes (`tasks/prepare/locate.py`), else told by the tokenizer.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from schemas.rows import Kind
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
+from tasks.prepare.locate import Located, byte_tokens
 from tasks.prepare.render import Render, Rendered, TemplateRefused
 from tasks.prepare.spans import Counts, Rules, Span, Unfit, causal_row, cut_text
 
@@ -86,15 +88,26 @@ def tokenize_split(
             yield batch.render(kind, text, refused), batch
             start += len(frame)
 
+    table = byte_tokens(tokenizer, add_special=rules.add_special, suffix=rules.suffix)
+    encode = tokenizer.encode_batch if table is None else tokenizer.encode_batch_fast
+    special = rules.add_special
+
+    def located(encoding: Any, text: str) -> Located:
+        found = None if table is None else table.locate(encoding.ids, text)
+        if found is None and table is not None:
+            return tokenizer.encode(text, add_special_tokens=special)  # type: ignore[no-any-return]
+        return found or encoding
+
     with without_collector(), bar(label, total, "rows") as progress:
-        for encodings, batch in encoded(tokenizer, texts(), add_special=rules.add_special):
+        for encodings, batch in encoded(encode, texts(), add_special=special):
             rows: list[list[int]] = []
             spans: list[list[Span]] = []
             good: list[int] = []
             for index, encoding, rendered in batch.encoded(encodings):
                 try:
                     if rendered is not None:
-                        ids, learned, cut = causal_row(encoding, rendered, rules, counts)
+                        where = located(encoding, rendered.text)
+                        ids, learned, cut = causal_row(where, rendered, rules, counts)
                     else:
                         ids, cut = cut_text(encoding.ids, rules)
                         learned = text_span(ids) if kind == "text" else []
@@ -192,13 +205,16 @@ def spells(texts: pl.Series, words: list[str]) -> pl.Series:
 
 
 def encoded(
-    tokenizer: Any, batches: Iterable[tuple[list[str], Batch]], *, add_special: bool
+    encode: Callable[..., list[Any]],
+    batches: Iterable[tuple[list[str], Batch]],
+    *,
+    add_special: bool,
 ) -> Iterator[tuple[list[Any], Batch]]:
     """Encode batches of texts, `AHEAD` of them ahead of their use."""
     waiting: deque[tuple[Future[list[Any]], Batch]] = deque()
     with ThreadPoolExecutor(AHEAD) as threads:
         for texts, batch in batches:
-            coming = threads.submit(tokenizer.encode_batch, texts, add_special_tokens=add_special)
+            coming = threads.submit(encode, texts, add_special_tokens=add_special)
             waiting.append((coming, batch))
             if len(waiting) > AHEAD:
                 ready, batch = waiting.popleft()
