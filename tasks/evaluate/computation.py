@@ -1,9 +1,10 @@
 """Criterion 3, computation: FLOPs a token, and a training step beside full fine-tuning's.
 
-The step here is the plain one, forward, backward and AdamW, on one micro-batch of train rows of
-about the median length and without padding, and the same for both methods. It leaves out what
-the train stage does around it, as stages do not share code, and serves for ratios only: the
-step time and the tokens a second are those of the train stage's own curve.
+The step here is a plain one, forward, backward and AdamW with the adapter's fused layers, on one
+micro-batch of train rows of about the median length and without padding, and the same for both
+methods. It leaves out what the train stage does around it, as stages do not share code, and
+serves for ratios only: the step time and the tokens a second are those of the train stage's own
+curve.
 
 Shapes: B rows, T positions, C classes.
 """
