@@ -23,7 +23,8 @@ fi
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@" --quiet; }
 
-if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+# torch.__version__ ends in its build, as in 2.11.0+cpu.
+if ! .venv/bin/python -c "import sys, torch; sys.exit('torch==' + torch.__version__.split('+')[0] != '$torch')" 2>/dev/null; then
   if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     echo "Installing $torch with CUDA (an NVIDIA driver answers)"
     pip install "$torch"
@@ -31,7 +32,7 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     echo "Installing $torch for the CPU (no NVIDIA driver answers)"
     if ! pip install "$torch+cpu" 2>/dev/null; then
       echo "pip's package sources have no CPU build; asking torch's own through uv"
-      pip install uv
+      pip install --constraint constraints.txt uv
       .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu "$torch"
     fi
   fi

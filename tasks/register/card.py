@@ -126,6 +126,7 @@ def loading(spec: RegisterSpec, example: list[str]) -> str:
     return (
         "```python\n"
         "import mlflow\n\n"
+        "# With MLFLOW_TRACKING_URI set to the registry that holds this version:\n"
         f'model = mlflow.pyfunc.load_model("models:/{spec.name}@champion")\n'
         f"print(model.predict({example[:1]!r}{params}))\n"
         "```\n\n"
