@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import UserError
-from tasks.core.files import sha256_json, write_atomic
+from tasks.core.files import write_atomic
+from tasks.register import registry
 
 DEFAULT = Path(".peftflow")
 ROOMS = ("store", "mlflow", "prefect", "runs", "reports", "logs", "cache")
@@ -67,15 +68,18 @@ class Home:
     @property
     def tracking_uri(self) -> str:
         """MLflow's store: MLFLOW_TRACKING_URI where it is set, else SQLite under this home."""
-        local = f"sqlite:///{self.root / 'mlflow' / 'mlflow.db'}"
-        return os.environ.get("MLFLOW_TRACKING_URI") or local
+        return registry.tracking_uri(self.root)
+
+    @property
+    def mlflow_server(self) -> str | None:
+        """The address of MLflow where MLFLOW_TRACKING_URI names a server, without its password."""
+        uri = registry.without_password(self.tracking_uri)
+        return uri if uri.startswith(("http://", "https://")) else None
 
     @property
     def registry(self) -> str:
         """Which registry this is: one that was deleted and made anew is another."""
-        mark = self.root / "mlflow" / "id"
-        local = mark.read_text() if self.tracking_uri.startswith("sqlite:") else ""
-        return sha256_json([self.tracking_uri, local])
+        return registry.identity(self.root)
 
     def open(self) -> None:
         """Make the rooms and prove that they can be written to.

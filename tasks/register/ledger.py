@@ -19,13 +19,17 @@ from pydantic import ValidationError
 from schemas.report import LedgerEntry
 from tasks.core.files import fsync_path, write_atomic
 from tasks.core.progress import warn
+from tasks.register.registry import identity
 
 
 class Ledger:
-    """The promotions of one registered model, under `<home>/mlflow/ledger/`."""
+    """The promotions of one registered model, under `<home>/mlflow/ledger/<registry>/`.
+
+    A name and a version mean something in one registry alone, so each has ledgers of its own.
+    """
 
     def __init__(self, home: Path, name: str) -> None:
-        self.directory = home / "mlflow" / "ledger"
+        self.directory = home / "mlflow" / "ledger" / identity(home)[:12]
         self.path = self.directory / f"{name}.jsonl"
         self.intent = self.directory / f"{name}.intent.json"
         self._lock = self.directory / f"{name}.lock"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.errors import RetryableError, StageError, UserError
 from schemas.report import CriteriaReport
+from tasks.core.files import sha256_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,7 +68,7 @@ def server_errors() -> Iterator[None]:
         # By name: what never spoke to MLflow has not imported it.
         if type(error).__name__ not in ("MlflowException", "RestException"):
             raise
-        text = re.sub(r"//[^/@\s]+@", "//", str(error))
+        text = without_password(str(error))
         if "failed with exception" in text:
             raise RetryableError(f"the MLflow server does not answer: {text}") from None
         raise StageError(f"MLflow: {text}") from None
@@ -76,6 +77,18 @@ def server_errors() -> Iterator[None]:
 def tracking_uri(home: Path) -> str:
     """MLFLOW_TRACKING_URI where it is set, else SQLite under the home directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
+
+
+def without_password(text: str) -> str:
+    """A text without what stands before the @ of an address in it."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
+
+
+def identity(home: Path) -> str:
+    """Which registry this is: one that was deleted and made anew is another."""
+    uri, mark = without_password(tracking_uri(home)), home / "mlflow" / "id"
+    local = mark.read_text() if uri.startswith("sqlite:") and mark.exists() else ""
+    return sha256_json([uri, local])
 
 
 def connect(uri: str) -> MlflowClient:

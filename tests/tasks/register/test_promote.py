@@ -16,6 +16,7 @@ import pytest
 
 from schemas.errors import RetryableError, StageError, UserError
 from schemas.report import LedgerEntry
+from tasks.register.ledger import Ledger
 from tasks.register.promote import champion, ledger, promote, rollback
 
 ROOT = Path(__file__).parents[3]
@@ -192,7 +193,7 @@ def test_a_crash_between_alias_and_ledger_is_settled(home: Path, add_version: Ad
         error = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, (place, error)
     for place, name in names.items():
-        assert (home / "mlflow" / "ledger" / f"{name}.intent.json").exists()
+        assert Ledger(home, name).intent.exists()
         promote(home, name, "3", "after", GATE)
         between = ["2"] if happened[place] else []
         assert chain(ledger(home, name)) == [None, "1", *between, "3"], place
