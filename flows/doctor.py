@@ -15,7 +15,7 @@ from typing import Literal
 from flows.execute import ROOT
 from flows.home import Home
 from flows.hub import reachable
-from flows.machine import resolve_dtype
+from flows.machine import gpus, resolve_dtype, torch_version
 from flows.servers import HOST, MLFLOW_PORT, PREFECT_PORT, running
 from schemas.errors import StageError, UserError
 
@@ -119,13 +119,17 @@ def processor(home: Home) -> Finding:
 
 
 def accelerator() -> Finding:
-    gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-    if not gpus:
+    found = ", ".join(gpus())
+    if not found:
         return Finding("accelerator", "none: everything runs on the processor", "note")
-    if "+cpu" in metadata.version("torch"):
+    try:
+        version = torch_version()
+    except StageError as error:
+        return Finding("accelerator", f"{found}, but {error}", "broken", "install torch again")
+    if "+cpu" in version:
         fix = "install torch's CUDA build"
-        return Finding("accelerator", f"{', '.join(gpus)}, but torch is for CPU", "note", fix)
-    return Finding("accelerator", ", ".join(gpus))
+        return Finding("accelerator", f"{found}, but torch is for CPU", "note", fix)
+    return Finding("accelerator", found)
 
 
 def memory() -> Finding:

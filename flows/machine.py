@@ -44,6 +44,23 @@ def resolve_dtype(wanted: str, home: Home) -> Dtype:
     return DTYPES[answer]
 
 
+def gpus() -> list[str]:
+    """The GPUs that the kernel shows, by the names of their devices."""
+    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def torch_version() -> str:
+    """Torch's version, which says what it was built for, without importing it.
+
+    Raises:
+        StageError: it is not installed.
+    """
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError as error:
+        raise StageError("torch is not installed") from error
+
+
 def _fingerprint() -> str:
     """A hash of all that the answer depends on."""
     flags = set()
@@ -55,8 +72,8 @@ def _fingerprint() -> str:
     return sha256_json(
         {
             "processor": sorted(flags),
-            "gpus": sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*")),
-            "torch": metadata.version("torch"),
+            "gpus": gpus(),
+            "torch": torch_version(),
             "variables": {
                 name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "PEFTFLOW_DEVICE")
             },

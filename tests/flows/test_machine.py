@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from flows import machine
+from flows import cli, doctor, machine
 from flows.home import Home
 from schemas.errors import StageError
 from tasks.core import runtime
@@ -28,3 +29,26 @@ def test_agrees_with_the_runtime_and_asks_torch_once(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_the_recipe_says_is_taken(tmp_path: Path, dtype: str) -> None:
     assert machine.resolve_dtype(dtype, Home(tmp_path)) == dtype
+
+
+def test_doctor_says_that_torch_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = metadata.version
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(doctor, "gpus", lambda: ["nvidia0"])
+    found = doctor.examine(Home(tmp_path))
+    broken = {finding.what for finding in found if finding.verdict == "broken"}
+    assert {"processor", "accelerator"} <= broken
+    with pytest.raises(SystemExit) as ended:
+        cli.doctor(tmp_path)
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert "torch is not installed" in told.out
+    assert "Traceback" not in told.err
