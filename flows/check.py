@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flows.calls import Calls
 from flows.home import Home
-from flows.hub import needs_hub
+from flows.hub import offline
 from flows.plan import Found, planned
 from flows.screen import Screen
 from flows.work import Bench
@@ -23,7 +23,7 @@ def check(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -
     recipe = load_recipe(recipe_path, overrides)
     home.open()
     calls = Calls(recipe, recipe_path, home)
-    bench = Bench(home, screen, offline=not needs_hub(recipe))
+    bench = Bench(home, screen, offline=offline(recipe))
     bench.make(calls.inspect())
     rows, _ = bench.make(calls.prepare())
     return DataReport.model_validate_json((rows.path / "data_report.json").read_bytes())

@@ -72,9 +72,13 @@ def reachable(timeout_s: float = 3.0) -> bool:
     return True
 
 
-def needs_hub(recipe: Recipe) -> bool:
-    """Whether a stage must be able to reach the hub: some rows come from there."""
-    return any(source.path.startswith("hub:") for source in sources(recipe).values())
+def offline(recipe: Recipe) -> bool:
+    """Whether stages ask no hub: no rows come from there, or it is out of reach.
+
+    Out of reach, rows that were fetched before are still found, and others missed at once.
+    """
+    needed = any(source.path.startswith("hub:") for source in sources(recipe).values())
+    return not (needed and reachable())
 
 
 def sources(recipe: Recipe) -> dict[str, Source]:

@@ -23,7 +23,7 @@ from prefect.states import Completed, Crashed, Failed
 from flows.calls import Calls, Step
 from flows.execute import Event
 from flows.home import Home
-from flows.hub import needs_hub
+from flows.hub import offline
 from flows.records import RunRecord, StageLine, dead_runs, new_run_id, now
 from flows.standing import was_promoted
 from flows.story import story
@@ -80,7 +80,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, home: str | None =
     listener = Prefect(session.listener if session else None)
     with recorded(record, place, loaded) as tracker:
         calls = Calls(loaded, path, place)
-        bench = Bench(place, listener, offline=not needs_hub(loaded))
+        bench = Bench(place, listener, offline=offline(loaded))
         outcome = story(calls, Working(bench, calls, record, tracker))
         finish(record, outcome, place)
     if record.state == "refused":
