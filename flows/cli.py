@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from flows.home import Home
-from flows.records import EXIT_CODES
+from flows.records import EXIT_CODES, begun_here
 from flows.screen import Screen, console
 from flows.tell import is_users, problems_of
 from schemas.errors import StageError, UserError
@@ -195,6 +195,8 @@ def up(home: HomeOption = None) -> None:
             servers = start(place)
         for server in servers:
             screen.console.print(f"{server.name:<8} {server.url}", highlight=False)
+        if place.mlflow_server:
+            screen.line(f"mlflow   {place.mlflow_server} (MLFLOW_TRACKING_URI)")
         prefect = next(server for server in servers if server.name == "prefect")
         screen.console.print(
             f"\nFor `prefect deploy` and a worker (docs/runbook.md):\n"
@@ -246,7 +248,8 @@ def schema() -> None:
 def guarded(work: Work, home: Path | None, as_json: bool = False) -> None:
     """Run a command and exit: with its own code, or 1 failed, 2 wrong input, 130 interrupted.
 
-    as_json: standard output is kept for one JSON object; people read standard error.
+    as_json: standard output is kept for one JSON object; people read standard error. After a
+    failure it is the run's record, or before a run has begun its state and errors alone.
     """
     screen, place = Screen(console(stderr=as_json)), Home.find(home)
     problem: BaseException | None = None
@@ -263,8 +266,12 @@ def guarded(work: Work, home: Path | None, as_json: bool = False) -> None:
         code, problem = 1, error
         traceback.print_exc()
     if problem is not None and as_json:
-        state = "wrong-input" if code == 2 else "failed"
-        print(json.dumps({"state": state, "errors": problems_of(problem)}))
+        record = begun_here(place)
+        if record is None:
+            state = "wrong-input" if code == 2 else "failed"
+            print(json.dumps({"state": state, "errors": problems_of(problem)}))
+        else:
+            print(record.model_dump_json())
     sys.exit(code)
 
 

@@ -25,14 +25,12 @@ def find_run(home: Home, run_id: str | None) -> RunRecord:
     Raises:
         UserError: there is none.
     """
-    known = [record for record in records(home) if record.report is not None]
-    if not known:
-        raise UserError.at(home.root, "no run has ended with a report", "peftflow run RECIPE")
-    if run_id is None:
-        return known[0]
+    known = list(records(home))
     for record in known:
-        if record.run_id == run_id:
+        if record.run_id == run_id or (run_id is None and record.report is not None):
             return record
+    if run_id is None:
+        raise UserError.at(home.root, "no run has ended with a report", "peftflow run RECIPE")
     near = difflib.get_close_matches(run_id, [record.run_id for record in known], n=1, cutoff=0.3)
     hint = f"did you mean {near[0]}?" if near else "`peftflow status` lists the runs"
     raise UserError.at(f"run {run_id}", f"is not among the runs in {home.runs}", hint)
@@ -41,16 +39,15 @@ def find_run(home: Home, run_id: str | None) -> RunRecord:
 def status(home: Home) -> RenderableType:
     """Servers, the last runs, and what each registered model has as champion."""
     parts: list[RenderableType] = [f"home     {home.root}"]
-    for name in ("prefect", "mlflow"):
+    for name, given in (("prefect", None), ("mlflow", home.mlflow_server)):
         server = running(home, name)
-        parts.append(f"{name:<8} {server.url if server else 'down (`peftflow up` starts it)'}")
+        url = given or (server and server.url)
+        parts.append(f"{name:<8} {url or 'down (`peftflow up` starts it)'}")
     table = Table(box=None, pad_edge=False)
     for column in ("run", "recipe", "state", "selected", "version"):
         table.add_column(column)
     for record in islice(records(home), LAST):
-        state = (
-            "crashed" if record.state == "running" and not record.process.alive else record.state
-        )
+        state = "crashed" if record.is_dead else record.state
         version = (
             f"{record.registered.name} {record.registered.version}" if record.registered else ""
         )

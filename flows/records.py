@@ -83,6 +83,11 @@ class RunRecord(BaseModel):
     errors: list[dict[str, str]] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether it says that it is running and its process is gone."""
+        return self.state == "running" and not self.process.alive
+
     def save(self, home: Home) -> None:
         write_atomic(home.runs / f"{self.run_id}.json", self.model_dump_json(indent=1))
 
@@ -107,8 +112,13 @@ def records(home: Home) -> Iterator[RunRecord]:
 
 
 def dead_runs(home: Home) -> list[RunRecord]:
-    """Runs that say they are running and whose process is gone."""
-    return [run for run in records(home) if run.state == "running" and not run.process.alive]
+    return [run for run in records(home) if run.is_dead]
+
+
+def begun_here(home: Home) -> RunRecord | None:
+    """The record of the run that this process began, if it came that far."""
+    here = Process.this()
+    return next((run for run in records(home) if run.process == here), None)
 
 
 def reports_path(home: Home, run_id: str) -> Path:

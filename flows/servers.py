@@ -76,9 +76,12 @@ def running(home: Home, name: str) -> Server | None:
 
 
 def up(home: Home) -> list[Server]:
-    """Both servers, started where they are not running, each answering."""
+    """The servers, started where they are not running, each answering.
+
+    MLflow is not among them where MLFLOW_TRACKING_URI names a server: there is one already.
+    """
     starting = []
-    for name in ("prefect", "mlflow"):
+    for name in ("prefect",) if home.mlflow_server else ("prefect", "mlflow"):
         server = running(home, name)
         if server is None:
             server = _start_detached(home, name)

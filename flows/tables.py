@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from flows.doctor import Finding
 from flows.plan import Found
@@ -135,7 +136,9 @@ def gate_lines(verdict: GateVerdict) -> list[str]:
 
 
 def outcome(record: RunRecord) -> RenderableType:
-    """The end of a run: table, selection, gate, version, report."""
+    """The end of a run: table, selection, gate, version, report; or what kept it from one."""
+    if record.report is None:
+        return unfinished(record)
     registered, gate = record.registered, record.gate
     assert registered is not None
     assert gate is not None
@@ -150,6 +153,22 @@ def outcome(record: RunRecord) -> RenderableType:
     facts.add_row("loads as trained", difference)
     facts.add_row("report", record.report or "")
     return Group("", criteria_table(record), "", facts)
+
+
+def unfinished(record: RunRecord) -> RenderableType:
+    """A run without a report: its state, the stages that it came through, its errors."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="cyan")
+    facts.add_column(overflow="fold")
+    facts.add_row("run", record.run_id)
+    facts.add_row("state", f"{'crashed' if record.is_dead else record.state}, without a report")
+    stages = (f"{line.stage} {line.label}".strip() for line in record.stages)
+    facts.add_row("stages", ", ".join(stages) or "none ended")
+    for error in record.errors:
+        fix = f"fix: {error['fix']}" if error["fix"] else ""
+        words = "\n".join(filter(None, (error["place"], error["found"], fix)))
+        facts.add_row("error", Text(words))
+    return facts
 
 
 def last_line(record: RunRecord) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from flows.cli import guarded
+from flows.home import Home
+from flows.records import RunRecord
+from schemas.errors import DiskFullError, RetryableError, StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +87,58 @@ def test_a_wrong_row_file_leaves_the_store_as_it_was(
     assert "rows.csv" in ended.record["errors"][0]["place"]
     left = list((tmp_path / "home" / "store" / "prepare").rglob("*"))
     assert left == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "state"),
+    [
+        (StageError("diverged"), 1, "failed"),
+        (RetryableError("the MLflow server does not answer"), 1, "failed"),
+        (DiskFullError("the disk is full"), 2, "wrong-input"),
+    ],
+)
+def test_what_no_input_caused_is_exit_1_and_a_full_disk_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, code: int, state: str
+) -> None:
+    def work(*_: object) -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        guarded(work, tmp_path, as_json=True)
+    assert ended.value.code == code
+    errors = [{"place": "", "found": str(error), "fix": ""}]
+    assert json.loads(capsys.readouterr().out) == {"state": state, "errors": errors}
+
+
+def test_a_run_that_failed_gives_its_whole_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path)
+    home.open()
+    record = RunRecord(run_id="r1", recipe="tiny.yaml", name="tiny", mlflow_run="m1")
+
+    def work(*_: object) -> int:
+        record.state, record.errors = "failed", [{"place": "", "found": "diverged", "fix": ""}]
+        record.save(home)
+        raise StageError("diverged")
+
+    with pytest.raises(SystemExit):
+        guarded(work, tmp_path, as_json=True)
+    assert RunRecord.model_validate_json(capsys.readouterr().out) == record
+
+
+def test_a_run_that_failed_can_be_looked_at(tmp_path: Path, peftflow: Any) -> None:
+    home = Home(tmp_path)
+    home.open()
+    error = {"place": "rows.csv:[3]", "found": "is empty", "fix": "fill it"}
+    record = RunRecord(run_id="r1", recipe="tiny.yaml", name="tiny", state="failed", errors=[error])
+    record.save(home)
+    shown = peftflow("report", "r1", "--home", tmp_path)
+    assert shown.code == 0, shown.err
+    for words in ("failed", "rows.csv:[3]", "is empty", "fix: fill it"):
+        assert words in shown.out
+    assert peftflow("report", "r1", "--home", tmp_path, "--json").record["errors"] == [error]
+    assert peftflow("report", "--home", tmp_path).code == 2  # none has come to a report
 
 
 def test_status_of_a_new_home(tmp_path: Path, peftflow: Any) -> None:
