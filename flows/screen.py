@@ -113,8 +113,8 @@ class Screen:
             self.console.print(f"[red]✗[/] {head} to be put right:")
             for problem in error.problems:
                 self.line(f"  {problem.place}", style="bold")
-                self.line(f"    found: {problem.found}")
-                self.line(f"    fix:   {problem.fix}")
+                self.line(f"    {problem.found}")
+                self.line(f"    fix: {problem.fix}")
         else:
             self.console.print("[red]✗[/] ", end="")
             self.line(str(error) or type(error).__name__)

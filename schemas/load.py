@@ -141,7 +141,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise UserError.at(
                     place,
                     f"{'.'.join(parts[:depth])} has items 0 to {len(node) - 1}",
