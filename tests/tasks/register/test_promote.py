@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,6 +50,19 @@ def test_promote_and_roll_back(home: Path, add_version: AddVersion) -> None:
     assert chain(entries) == [None, one, two, three, two, one]
     assert entries[-1].why == "worse on Monday"
     assert [entry.action for entry in entries] == ["promote"] * 3 + ["rollback"] * 2
+
+
+def test_the_ledger_says_who_and_when(home: Path, add_version: AddVersion) -> None:
+    before = datetime.now(UTC)
+    one, two = add_version(NAME), add_version(NAME)
+    promote(home, NAME, one, "first", GATE)
+    promote(home, NAME, two, "second", GATE)
+    rollback(home, NAME)
+    entries = ledger(home, NAME)
+    assert [entry.who for entry in entries] == [getpass.getuser()] * 3
+    whens = [datetime.fromisoformat(entry.when) for entry in entries]
+    assert all(when.utcoffset() == timedelta(0) for when in whens)
+    assert before <= whens[0] < whens[1] < whens[2] <= datetime.now(UTC)
 
 
 def test_promoting_the_champion_again_changes_nothing(home: Path, add_version: AddVersion) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow.models import Model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -119,6 +120,23 @@ def test_a_version_carries_its_whole_story(registered: Any) -> None:
     assert (package / "report.html").read_text() == "<html>"
     assert not list(stored.rglob("*.pkl"))
     assert json.loads((stored / "input_example.json").read_text())
+
+
+def test_the_signature_is_text_in_and_text_out(registered: Any) -> None:
+    """What MLflow holds a question against before the model sees it."""
+    stored = Model.load(artifacts_of(registered) / "MLmodel").signature
+    assert [(column.type.name, column.name) for column in stored.inputs] == [("string", None)]
+    outputs = [(column.type.name, column.name) for column in stored.outputs]
+    assert outputs == [("string", "completion")]
+    [param] = stored.params
+    assert (param.name, param.dtype.name, param.default) == ("max_new_tokens", "long", 12)
+
+
+def test_a_classifiers_signature_gives_label_and_score() -> None:
+    made = registry.signature("sequence-classification", 1)
+    outputs = [(column.type.name, column.name) for column in made.outputs]
+    assert outputs == [("string", "label"), ("double", "score")]
+    assert made.params is None
 
 
 def test_an_adapter_needs_exactly_its_base(
