@@ -18,7 +18,11 @@ import pytest
 
 from flows.home import Home
 from flows.records import records
+from flows.remember import FileHashes
 from flows.servers import answers, running
+from tasks.core.bases import base_files
+from tasks.register import registry
+from tasks.register.promote import ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -113,6 +117,20 @@ def test_mlflow_compares_what_was_measured(ended: Any, home: Path) -> None:
     assert (Path(place.removeprefix("file://")) / "report.html").exists()
 
 
+def test_the_merged_version_names_its_base_by_content(
+    ended: Any, home: Path, tree: Any, tmp_path: Path
+) -> None:
+    """Whoever has the version alone can tell which weights its adapter was folded into."""
+    [package] = home.glob("mlflow/artifacts/tiny/models/*/artifacts/artifacts/package")
+    manifests = json.loads((package / "manifest.json").read_text())
+    assert manifests["finished"]["stage"] == "merge"
+    files = base_files(Path(tree["base"]["model"]))
+    assert any(path.suffix == ".safetensors" for path in files)
+    now = FileHashes(tmp_path / "hashes.json").of_files(files)  # an empty cache: every byte is read
+    assert manifests["finished"]["outside"] == {"base": now}
+    assert manifests["trained"]["outside"] == {"base": now}
+
+
 def test_nothing_is_left_running(ended: Any, home: Path, processes_naming: Any) -> None:
     assert processes_naming(str(home)) == []
 
@@ -145,6 +163,64 @@ def test_a_refusing_gate_is_exit_3_and_makes_the_page_again_alone(
     assert [line["stage"] for line in record["stages"] if not line["cached"]] == ["report"]
     assert record["registered"] == ended.record["registered"]
     assert flow_runs(home)[-1][1:] == ("FAILED", "GateRefused")
+
+
+def entries(home: Path) -> set[str]:
+    """Every whole entry of the store. What begins with a dot is none."""
+    return {f"{path.parent.name}/{path.name}" for path in home.glob("store/*/[!.]*")}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "state", "place", "words"),
+    [
+        # Weights of 1e38 give sums beyond what float32 and bfloat16 hold.
+        ("train.learning_rate=1e38", 1, "failed", "", "lower train.learning_rate"),
+        ("candidates.0.rank=4096", 2, "wrong-input", "candidates[0].rank", "only 256 wide"),
+    ],
+)
+def test_a_stage_that_fails_is_recorded_everywhere_and_leaves_nothing(
+    change: str,
+    code: int,
+    state: str,
+    place: str,
+    words: str,
+    ended: Any,
+    tiny: Path,
+    home: Path,
+    peftflow: Any,
+    processes_naming: Any,
+) -> None:
+    """Exit 1 where a stage fails, 2 where its child process finds the user's input wrong."""
+    before = entries(home)
+    failed = peftflow("run", tiny, "--home", home, "--json", "--set", change)
+    assert failed.code == code, failed.err
+    assert failed.record["state"] == state
+    record = next(records(Home(home)))
+    assert record.state == state
+    assert record.ended is not None
+    for [error] in (failed.record["errors"], record.errors):
+        assert error["place"] == place
+        assert words in error["found"]
+    assert flow_runs(home)[-1][:2] == (record.prefect_flow_run, "FAILED")
+    told = f"select status from runs where run_uuid = '{record.mlflow_run}'"
+    assert query(home / "mlflow" / "mlflow.db", told) == [("FAILED",)]
+    assert processes_naming(str(home)) == []
+    assert entries(home) == before
+
+
+def test_a_selection_that_no_candidate_meets_is_exit_1(
+    ended: Any, tiny: Path, home: Path, peftflow: Any
+) -> None:
+    """All that it reads is in the store, so it is answered from there, before any flow begins."""
+    before = entries(home), flow_runs(home)
+    bound = 'select.subject_to={adapter_mib: "< 0"}'
+    failed = peftflow("run", tiny, "--home", home, "--json", "--set", bound)
+    assert failed.code == 1, failed.err
+    assert failed.record["state"] == "failed"
+    [error] = failed.record["errors"]
+    assert "no candidate keeps the bounds" in error["found"]
+    assert "lora-r4: adapter_mib is" in error["found"]
+    assert (entries(home), flow_runs(home)) == before
 
 
 def test_a_damaged_entry_is_found_said_and_made_again(
@@ -180,6 +256,43 @@ def test_promotion_and_rollback_by_hand(ended: Any, home: Path, peftflow: Any) -
     assert peftflow("promote", "tiny", "7", "--home", home).code == 2
     assert peftflow("rollback", "tiny", "--home", home).code == 2  # there was none before it
     assert peftflow("compare", "tiney", "--home", home).code == 2
+
+
+def another_version(home: Path, name: str) -> str:
+    """Version 1 again under the next number, as if a second week's run had registered it."""
+    client = registry.connect(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
+    first = client.get_model_version(name, "1")
+    tags = first.tags | {"peftflow.key": "another"}
+    made = client.create_model_version(name, first.source, first.run_id, tags=tags)
+    return str(made.version)
+
+
+def test_another_version_is_promoted_compared_and_rolled_back(
+    ended: Any, home: Path, peftflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # MLflow sets it; put back after the test
+    other = another_version(home, "tiny")
+    promoted = peftflow("promote", "tiny", other, "--why", "better on Monday", "--home", home)
+    assert promoted.code == 0, promoted.err
+    assert f"tiny version {other} is now the champion" in promoted.out
+
+    compared = peftflow("compare", "tiny", "--home", home)
+    assert compared.code == 0, compared.err
+    title, heads, *lines = compared.out.splitlines()
+    assert title.strip() == "tiny"
+    columns = [head.strip() for head in heads.split("  ") if head.strip()]
+    assert [head.split()[0] for head in columns] == [str(n) for n in range(int(other), 0, -1)]
+    assert columns[0] == f"{other} (champion)"
+    assert sum("challenger" in head for head in columns) == 1
+    loss = f"{ended.record['finished']['figures']['loss']:,.4g}"
+    assert ["loss", *[loss] * len(columns)] in [line.split() for line in lines]
+
+    back = peftflow("rollback", "tiny", "--why", "worse on Tuesday", "--home", home)
+    assert back.code == 0, back.err
+    assert f"champion went from version {other} to 1" in back.out
+    moves = [(entry.from_version, entry.to_version, entry.why) for entry in ledger(home, "tiny")]
+    assert moves[-2:] == [("1", other, "better on Monday"), (other, "1", "worse on Tuesday")]
+    assert "champion of tiny: version 1" in peftflow("status", "--home", home).out
 
 
 @pytest.fixture(scope="module")
