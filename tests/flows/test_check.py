@@ -173,17 +173,23 @@ def wide_rank(_: Path) -> dict[str, Any]:
 #: 300 columns, none of them ours.
 WIDE = b",".join(b"c%d" % number for number in range(300))
 
+#: Nobody has said that there is no network; there is none.
+NO_NETWORK = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+
 BAD = {
     "hub base without network": Bad(
         hub_base,
         "recipe.yaml base.model",
         "the hub cannot be reached",
         "write `model: DIR`",
-        variables={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
+        variables=NO_NETWORK,
     ),
-    # Offline by the variable: without it the client of `datasets` tries for half a minute.
     "hub rows without network": Bad(
-        hub_rows, "hub:no-one/nothing", "cannot be loaded", "without a network, give a file"
+        hub_rows,
+        "hub:no-one/nothing",
+        "cannot be loaded",
+        "without a network, give a file",
+        variables=NO_NETWORK,
     ),
     "300 columns": Bad(
         train_of("wide.csv", WIDE + b"\n" + WIDE + b"\n"),
