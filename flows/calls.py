@@ -143,8 +143,10 @@ class Calls:
             max_new_tokens=recipe.evaluate.max_new_tokens,
             tracking=self.home.registry,
         )
-        inputs = {"prepared": rows, "finished": finished, "evaluated": evaluated, "page": page}
-        return self._step(spec, "registration", inputs, self._with_base, self._weights)
+        inputs = {"prepared": rows, "finished": finished, "evaluated": evaluated}
+        # Not of the key: a version keeps the page of the run that made it.
+        paths = self._with_base | {"page": page.path}
+        return self._step(spec, "registration", inputs, paths, self._weights)
 
     def page(self, inputs: dict[str, Made], selected: str, why: str) -> Step:
         select = self.recipe.select

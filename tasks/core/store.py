@@ -100,7 +100,7 @@ class Store:
         Raises:
             UserError: from `run`, which leaves the store as it was; or the store cannot be
                 written to.
-            DiskFullError: nothing could be written. Nothing of the store is changed.
+            DiskFullError: no entry is changed; what this attempt has left is there to go on from.
         """
         key = key_of(call)
         with storage_errors(self.root):

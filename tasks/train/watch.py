@@ -18,6 +18,8 @@ STRETCH = 5 * WINDOW
 #: How far above the start the loss of a window, and of a stretch, may be. Guessing is a firm
 #: start, known and not measured on a few batches: a collapsed classifier stays 1 % above it.
 WINDOW_MARGIN, STRETCH_MARGIN, GUESSING_MARGIN = 1.3, 1.05, 1.005
+#: A loss below which a gradient may well be rounded to nothing: all is learned.
+LEARNED = 0.01
 #: A loss below this share of that of the stretch before is on its way down, wherever it is.
 FALLING = 0.99
 
@@ -29,18 +31,26 @@ def check_finite(point: CurvePoint) -> None:
             raise StageError(
                 f"the {name} is {value} at step {point.step} (learning rate "
                 f"{point.learning_rate:.2e}): lower train.learning_rate, raise "
-                "train.warmup_ratio, or use base.dtype: float32"
+                "train.warmup_ratio, or use base.dtype: float32 if it is bfloat16"
             )
 
 
 def check_diverged(curve: list[CurvePoint], warmup: int, chance: float | None) -> None:
-    """Stop a run whose loss after warm-up is above where it began.
+    """Stop a run whose loss after warm-up is above where it began, or that has gone dead.
 
     chance: the loss of guessing (ln of the number of labels), where the task has one.
 
     Raises:
         StageError: diverged, with the steps, the figures and the cure.
     """
+    point = curve[-1]
+    # A gradient that was 0 from the start is a method that is not applied: `unmoved` says so.
+    if point.grad_norm == 0.0 < curve[0].grad_norm and point.loss > LEARNED:
+        raise StageError(
+            f"the gradient is exactly 0 from step {point.step} on while the loss is "
+            f"{point.loss:.4f}: the weights have run away; lower train.learning_rate "
+            f"(here {point.learning_rate:.2e})"
+        )
     start, of_what, margin = median_loss(curve[:WINDOW]), "of the first steps", STRETCH_MARGIN
     if chance is not None and chance <= start * GUESSING_MARGIN:
         start, of_what, margin = chance, "of guessing", GUESSING_MARGIN

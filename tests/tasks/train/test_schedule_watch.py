@@ -87,6 +87,17 @@ def test_no_number_any_more_is_an_error_with_the_step(loss, norm):
         check_finite(point)
 
 
+def test_a_gradient_that_went_dead_is_an_error_unless_all_is_learned():
+    points = curve([9.0, 9.8])
+    dead = [points[0], points[1].model_copy(update={"grad_norm": 0.0})]
+    with pytest.raises(StageError, match=r"exactly 0 from step 2.*lower train\.learning_rate"):
+        check_diverged(dead, 0, None)
+    check_diverged(points, 0, None)
+    check_diverged([dead[0], dead[1].model_copy(update={"loss": 0.001})], 0, None)
+    # From the first step on it is a method that does not reach the loss, which is told elsewhere.
+    check_diverged([point.model_copy(update={"grad_norm": 0.0}) for point in points], 0, None)
+
+
 def test_weights_that_stood_still_are_named():
     weights = {name: torch.nn.Parameter(torch.ones(3)) for name in "ab"}
     before = digests(weights)
