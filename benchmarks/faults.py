@@ -38,8 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_input(work)
-        # Each attempt gets through some 20 steps before it is killed; twice that is safe.
-        call = make_call(work, steps=100 + 40 * kills)
+        # Each attempt gets through some 50 steps before it is killed; twice that is safe.
+        call = make_call(work, steps=100 + 100 * kills)
         rows = measure(work, call, kills, random.Random(arguments.seed))
     write("faults", rows, quick=arguments.quick)
 
