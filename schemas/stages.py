@@ -111,7 +111,7 @@ class PageSpec(Frozen):
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     recipe_name: str
     recipe_yaml: str
