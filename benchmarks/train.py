@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from common import Result, at_least, at_most, write
 
+from tasks.core.waiting import waiting
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 ROWS_A_STEP = 8
@@ -114,7 +116,13 @@ def results(runs: dict[str, list[dict[str, Any]]], parameters: int, tokens: int)
 def spawn(side: str, work: Path, steps: int) -> dict[str, Any]:
     """One side's run in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--work", str(work), "--steps", str(steps)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    # Threads wait as they do in every stage, on either side.
+    environment = {
+        **waiting(os.environ),
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from schemas.errors import UserError
 from tasks.core.files import write_atomic
+from tasks.core.waiting import waiting
 from tasks.register import registry
 
 DEFAULT = Path(".peftflow")
@@ -110,9 +111,7 @@ class Home:
         """
         environment = {
             "MLFLOW_LOGGING_LEVEL": "WARNING",
-            # A waiting OpenMP thread sleeps. One that spins on a core which another process wants
-            # made a forward pass take 1,340 ms in place of 31 on a busy machine (docs/log.md).
-            "OMP_WAIT_POLICY": "passive",
+            **waiting(os.environ),
             **os.environ,
             **PRIVATE,
             "PEFTFLOW_HOME": str(self.root),

@@ -50,7 +50,7 @@ class TrainSpec(Frozen):
     """paths: prepared, base. The entry: model/ (adapter or whole model), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     task: Task
     candidate: Candidate = Field(description="Without its name and its train overrides.")

@@ -2,7 +2,9 @@
 
 import os
 
-# Before torch is imported, here and in the children of a test: see flows/home.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from tasks.core.waiting import waiting
+
+# Before torch is imported, here and in the children of a test.
+os.environ.update(waiting(os.environ))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -16,6 +16,7 @@ from typing import Any
 from schemas.errors import StageError
 from schemas.report import Memory
 from schemas.stages import EvaluateSpec
+from tasks.core.waiting import NOT_AT_ALL
 
 #: Of each probe. Small next to what the caller needs, which works on meanwhile.
 THREADS = max(1, len(os.sched_getaffinity(0)) // 4)
@@ -26,7 +27,7 @@ THREADS = max(1, len(os.sched_getaffinity(0)) // 4)
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "OMP_NUM_THREADS": str(THREADS),
-    "OMP_WAIT_POLICY": "passive",
+    **NOT_AT_ALL,
 }
 
 

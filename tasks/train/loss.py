@@ -21,19 +21,23 @@ from torch.utils.checkpoint import checkpoint
 
 from tasks.train.batching import IGNORED, Batch
 
-#: Bytes of float32 logits that one block may have.
+#: Bytes of logits that one block may have.
 BLOCK_BYTES = 24 << 20
 #: Positions are filled up to multiples of this: the number of answer tokens differs in every
 #: batch, and oneDNN compiles a bfloat16 product anew, in some 5 ms, for every number.
 ALIGN = 64
+#: A target's probability below which the loss is computed again: bfloat16 ends near 1e-38.
+TINY = 1e-30
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i -log softmax(h_i W^T + b)[t_i], with the gradients made block by block in forward.
 
     d loss / d logits = softmax - onehot, so each block gives dh = dlogits W and
-    dW += dlogits^T h before the next one is made. Products run in `dtype`, the softmax and the
-    sums in float32. Idea: Liger kernels, Hsu et al. 2024, arXiv:2410.10989.
+    dW += dlogits^T h before the next one is made. All of it is in `dtype`, sums are in float32.
+    The target's own column is minus the sum of the others, and never p - 1: in bfloat16 that
+    would be 0 or -1/256 for a confident answer, and this has 8 bits wherever it is.
+    Idea: Liger kernels, Hsu et al. 2024, arXiv:2410.10989.
     """
 
     @staticmethod
@@ -48,33 +52,38 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         h_NH, w_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
         b_V = None if bias_V is None else bias_V.to(dtype)
-        count = len(h_NH)
+        count, vocabulary = len(h_NH), len(w_VH)
         h_NH = F.pad(h_NH, (0, 0, 0, -count % ALIGN))
-        block = _block(len(w_VH))
+        block = _block(vocabulary, dtype)
         grad_hidden_NH = torch.empty_like(h_NH) if needs_hidden else None
         grad_weight_VH = torch.zeros_like(w_VH, dtype=torch.float32) if needs_weight else None
-        grad_bias_V = torch.zeros(len(w_VH), device=h_NH.device) if needs_bias else None
+        grad_bias_V = torch.zeros(vocabulary, device=h_NH.device) if needs_bias else None
         loss = torch.zeros((), device=h_NH.device)
         with torch.autocast(h_NH.device.type, enabled=False):
             for start in range(0, len(h_NH), block):
                 part = slice(start, start + block)
-                h_CH, target_C1 = h_NH[part], target_N[part, None]
-                logits_CV = F.linear(h_CH, w_VH, b_V)
-                logp_CV = F.log_softmax(logits_CV, 1, dtype=torch.float32)
-                # gather and scatter read as many rows as there are targets; the rest is fill.
-                loss -= logp_CV.gather(1, target_C1).sum()
+                h_CH, target_C = h_NH[part], target_N[part]
+                p_CV = torch.softmax(F.linear(h_CH, w_VH, b_V), 1)
+                # Fewer targets than rows of the block: the rest is fill.
+                p_CV[len(target_C) :] = 0
+                flat, cell_C = p_CV.view(-1), _cells(target_C, vocabulary)
+                likely_C = flat[cell_C].float()
+                # Not scatter_, which copies all of its input on a CPU.
+                flat[cell_C] = 0
+                rest_C = p_CV.sum(1)[: len(target_C)]
+                loss += _surprise(likely_C, rest_C.float()).sum()
+                if bool((likely_C < TINY).any()):
+                    lost = likely_C < TINY
+                    loss += _exactly(h_CH[: len(lost)][lost], w_VH, b_V, target_C[lost])
                 if not any(ctx.needs_input_grad):
                     continue
-                grad_CV = logp_CV.exp_()
-                grad_CV.scatter_add_(1, target_C1, grad_CV.new_full((), -1).expand_as(target_C1))
-                grad_CV[len(target_C1) :] = 0
+                flat[cell_C] = -rest_C
                 if grad_bias_V is not None:
-                    grad_bias_V += grad_CV.sum(0)
-                grad_CV = grad_CV.to(dtype)
+                    grad_bias_V += p_CV.sum(0, dtype=torch.float32)
                 if grad_hidden_NH is not None:
-                    torch.mm(grad_CV, w_VH, out=grad_hidden_NH[part])
+                    torch.mm(p_CV, w_VH, out=grad_hidden_NH[part])
                 if grad_weight_VH is not None:
-                    grad_weight_VH += grad_CV.T @ h_CH
+                    grad_weight_VH += p_CV.T @ h_CH
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         if grad_hidden_NH is not None:
             grad_hidden_NH = grad_hidden_NH[:count]
@@ -128,7 +137,7 @@ def head_loss(
         return LinearCrossEntropy.apply(hidden_NH, head.weight, head.bias, target_N, dtype)  # type: ignore[no-any-return,no-untyped-call]
     # A head that is itself adapted: the same blocks, recomputed in the backward pass.
     loss = torch.zeros((), device=hidden_NH.device)
-    block = _block(output_width(head))
+    block = _block(output_width(head), torch.float32)
     for start in range(0, len(target_N), block):
         part = slice(start, start + block)
         loss = loss + checkpoint(
@@ -156,9 +165,29 @@ def output_width(head: nn.Module) -> int:
     return int(getattr(head, "out_features", 0)) or 1 << 16
 
 
-def _block(vocabulary: int) -> int:
+def _block(vocabulary: int, dtype: torch.dtype) -> int:
     """Positions of one block of logits."""
-    return max(ALIGN, BLOCK_BYTES // (4 * vocabulary) // ALIGN * ALIGN)
+    return max(ALIGN, BLOCK_BYTES // (dtype.itemsize * vocabulary) // ALIGN * ALIGN)
+
+
+def _cells(target_C: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Where the targets are in flattened logits, [C]."""
+    return torch.arange(len(target_C), device=target_C.device) * vocabulary + target_C
+
+
+def _surprise(likely_C: torch.Tensor, rest_C: torch.Tensor) -> torch.Tensor:
+    """-log of each target's probability, from it or from that of all others, whichever is small
+    and so exact; 0 where it is too small for either."""
+    of_likely_C = -likely_C.clamp_min(TINY).log()
+    surprise_C = torch.where(likely_C < 0.5, of_likely_C, -torch.log1p(-rest_C))
+    return torch.where(likely_C < TINY, 0.0, surprise_C)
+
+
+def _exactly(
+    h_CH: torch.Tensor, w_VH: torch.Tensor, b_V: torch.Tensor | None, target_C: torch.Tensor
+) -> torch.Tensor:
+    """The summed loss from the logits themselves."""
+    return F.cross_entropy(F.linear(h_CH, w_VH, b_V).float(), target_C, reduction="sum")
 
 
 def _block_loss(head: nn.Module, h_CH: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from tasks.train import attention
 from tasks.train.batching import Layout
 from tasks.train.loss import backbone, unwrapped
 from tasks.train.norm import fuse_norms
+from tasks.train.rotary import fuse_rotary
 
 #: Padded tokens of one forward pass where the recipe does not say. Few large passes: every layer
 #: is dozens of kernels, and each costs a call and a barrier however small it is.
@@ -69,6 +70,7 @@ def place(model: nn.Module, train: Train, device: torch.device) -> nn.Module:
     fuse_lora(model)
     if device.type == "cpu":
         fuse_norms(model)
+        fuse_rotary(model)
     return model
 
 

@@ -9,11 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from tasks.methods import fused
 from tasks.methods.fused import fuse_lora
 from tasks.train.norm import fuse_norms
+from tasks.train.rotary import fuse_rotary
 
 
 class Two(nn.Module):
@@ -60,6 +64,74 @@ def test_fused_lora_is_pefts(dtype, tolerance):
         assert (a - b).float().norm() <= tolerance * b.float().norm()
 
 
+class Attentive(nn.Module):
+    """Three layers of one input, and one of another."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.q = nn.Linear(24, 24, dtype=dtype)
+        self.k = nn.Linear(24, 24, dtype=dtype, bias=False)
+        self.v = nn.Linear(24, 24, dtype=dtype)
+        self.o = nn.Linear(24, 16, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        keys = x if other is None else other
+        return self.o(torch.tanh(self.q(x)) * self.k(keys) + self.v(keys))
+
+
+def attentive(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q", "k", "v", "o"], rank_pattern={"k": 2}
+    )
+    model = get_peft_model(Attentive(dtype), config)
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            nn.init.normal_(layer.lora_B["default"].weight)
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_layers_that_share_an_input_are_computed_together_and_the_same(
+    monkeypatch, dtype, tolerance
+):
+    """From the second pass on; the tolerances are those above."""
+    theirs = attentive(dtype)
+    ours = copy.deepcopy(theirs)
+    assert fuse_lora(ours) == 4
+    torch.manual_seed(1)
+    x = torch.randn(3, 7, 24).to(dtype)
+    counts = []
+    own = fused.LoraProducts.apply
+    monkeypatch.setattr(
+        fused.LoraProducts,
+        "apply",
+        lambda x, *layers: counts.append(len(layers) // 5) or own(x, *layers),
+    )
+    for expected in ([1, 1, 1, 1], [3, 1], [3, 1]):
+        counts.clear()
+        found = outputs_and_gradients(ours, x)
+        assert counts == expected
+        for a, b in zip(found, outputs_and_gradients(theirs, x), strict=True):
+            assert a.dtype == b.dtype
+            assert (a - b).float().norm() <= tolerance * b.float().norm()
+
+
+def test_layers_that_share_an_input_once_may_have_another_the_next_time():
+    """Cross attention: keys and values from elsewhere, after passes that went together."""
+    theirs = attentive(torch.float32)
+    ours = copy.deepcopy(theirs)
+    fuse_lora(ours)
+    torch.manual_seed(1)
+    x, other = torch.randn(3, 24), torch.randn(3, 24)
+    ours(x), ours(x)
+    assert torch.allclose(ours(x, other), theirs(x, other), atol=1e-5)
+    assert torch.allclose(ours(x, x.clone()), theirs(x), atol=1e-5)
+    weight = ours.base_model.model.k.lora_B["default"].weight
+    theirs.base_model.model.k.lora_B["default"].weight.data.copy_(weight.data.mul_(3))
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
 def test_layers_with_dropout_keep_pefts_path():
     assert fuse_lora(lora_model(torch.float32, dropout=0.1)) == 0
 
@@ -96,3 +168,67 @@ def test_norms_of_another_kind_or_that_learn_are_left_alone():
     gemma.weight.fill_(0.3)
     assert fuse_norms(gemma) == 0
     assert fuse_norms(LlamaRMSNorm(16)) == 0
+
+
+def tiny_llama(**options) -> LlamaModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **options,
+    )
+    return LlamaModel(config)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_turned_heads_are_transformers(dtype, tolerance):
+    """Output and the gradients of all weights. bfloat16: two roundings of 1 / 256 where
+    transformers has three."""
+    theirs = tiny_llama().to(dtype)
+    ours = copy.deepcopy(theirs)
+    own = modeling_llama.apply_rotary_pos_emb
+    assert fuse_rotary(ours) == 2
+    assert modeling_llama.apply_rotary_pos_emb is own
+    ids = torch.randint(0, 60, (2, 9))
+    grads = []
+    for model in (ours, theirs):
+        model(ids).last_hidden_state.float().pow(3).sum().backward()
+        grads.append([weight.grad for weight in model.parameters()])
+    # Not the key's bias-like directions alone: queries and keys both get gradients.
+    assert all(grad.abs().max() > 0 for grad in grads[0])
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).float().norm() <= tolerance * b.float().norm()
+    assert torch.allclose(
+        ours(ids).last_hidden_state, theirs(ids).last_hidden_state, atol=tolerance
+    )
+
+
+def test_heads_that_are_turned_another_way_are_left_alone(monkeypatch):
+    """GPT-NeoX turns a part of each head, in a function of the same name; and one that pairs
+    neighbours in place of halves."""
+    neox = GPTNeoXModel(
+        GPTNeoXConfig(
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            rotary_pct=0.5,
+        )
+    )
+    ids = torch.randint(0, 60, (2, 9))
+    expected = neox(ids).last_hidden_state
+    fuse_rotary(neox)
+    assert torch.equal(neox(ids).last_hidden_state, expected)
+
+    def neighbours(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        turned = [torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) for x in (q, k)]
+        return q * cos + turned[0] * sin, k * cos + turned[1] * sin
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", neighbours)
+    assert fuse_rotary(tiny_llama()) == 0

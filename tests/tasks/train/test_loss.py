@@ -40,6 +40,26 @@ def test_blocks_give_the_whole_cross_entropy(monkeypatch, bias, trained):
         assert torch.allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_confident_and_hopeless_targets_keep_their_loss_and_gradient(dtype):
+    """Targets whose probability is nearly 1, where p - 1 has no bits left in bfloat16, and ones
+    whose probability is below the smallest number: against float64."""
+    hidden = torch.eye(4, requires_grad=True)
+    # Logit of the target, where that of the only rival is 0. All are numbers of bfloat16.
+    weight = torch.zeros(9, 4)
+    weight[0] = torch.tensor([9.0, 0.5, -20.0, -150.0])
+    weight[2:] = -300.0
+    target = torch.zeros(4, dtype=torch.int64)
+    ours = loss_module.LinearCrossEntropy.apply(hidden, weight, None, target, dtype)
+    exact = F.cross_entropy((hidden.double() @ weight.double().T), target, reduction="none")
+    # bfloat16: a probability has 8 bits, so that its logarithm is off by 0.004 at most.
+    sure = 1e-5 if dtype == torch.float32 else 2**-8
+    assert torch.allclose(ours.double(), exact.sum(), rtol=1e-5, atol=4 * sure)
+    got, expected = (torch.autograd.grad(loss, hidden)[0] for loss in (ours, exact.sum()))
+    assert torch.allclose(got.double().diag(), expected.double().diag(), rtol=2 * sure)
+    assert (got.diag() != 0).all()
+
+
 def test_a_head_that_is_adapted_itself_gives_the_same(monkeypatch):
     monkeypatch.setattr(loss_module, "BLOCK_BYTES", 4 * 31 * 7)
     torch.manual_seed(0)
