@@ -21,7 +21,7 @@ from flows.remember import FileHashes
 from schemas.errors import Problem, UserError
 from schemas.load import resolve
 from schemas.manifest import FileFormat
-from schemas.recipe import Candidate, Frozen, Recipe, Train, TrainOverrides
+from schemas.recipe import Candidate, Recipe, Train, TrainOverrides
 from schemas.stages import (
     Call,
     EvaluateSpec,
@@ -30,6 +30,7 @@ from schemas.stages import (
     PageSpec,
     PrepareSpec,
     RegisterSpec,
+    Spec,
     TrainSpec,
 )
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
@@ -175,7 +176,7 @@ class Calls:
 
     def _step(
         self,
-        spec: Frozen,
+        spec: Spec,
         kind: FileFormat,
         inputs: dict[str, Made] | None = None,
         paths: dict[str, Path] | None = None,
@@ -184,11 +185,9 @@ class Calls:
     ) -> Step:
         made = inputs or {}
         places = (paths or {}) | {name: entry.path for name, entry in made.items()}
-        stage: str = spec.STAGE  # type: ignore[attr-defined]
-        version: int = spec.VERSION  # type: ignore[attr-defined]
         call = Call(
-            stage=stage,
-            stage_version=version,
+            stage=spec.STAGE,
+            stage_version=spec.VERSION,
             format=kind,
             spec=spec.model_dump(mode="json"),
             paths={name: str(path) for name, path in places.items()},

@@ -38,4 +38,5 @@ def problems_of(error: BaseException) -> list[dict[str, str]]:
         return [problem.as_dict() for problem in error.problems]
     if isinstance(error, KeyboardInterrupt):
         return [{"place": "", "found": "interrupted", "fix": "run again: it goes on from here"}]
-    return [{"place": "", "found": str(error) or type(error).__name__, "fix": ""}]
+    fix = error.FIX if isinstance(error, DiskFullError) else ""
+    return [{"place": "", "found": str(error) or type(error).__name__, "fix": fix}]

@@ -53,6 +53,11 @@ class RetryableError(StageError):
 class DiskFullError(RetryableError):
     """No space is left. Retried as others are; what stays full is the user's to put right."""
 
+    FIX = (
+        "Free some space and run again: finished stages are kept, and training goes on from its "
+        "last checkpoint."
+    )
+
 
 #: What a stage's process can end with, by the name that it tells its parent.
 STAGE_ERRORS = {kind.__name__: kind for kind in (StageError, RetryableError, DiskFullError)}

@@ -17,7 +17,15 @@ from schemas.manifest import FileFormat
 from schemas.recipe import Candidate, Data, Evaluate, Finish, Frozen, Task, Train
 
 
-class PrepareSpec(Frozen):
+class Spec(Frozen):
+    """What every stage states of itself. RESUMES: a killed or starved attempt is gone on from."""
+
+    STAGE: ClassVar[str]
+    VERSION: ClassVar[int]
+    RESUMES: ClassVar[bool] = False
+
+
+class PrepareSpec(Spec):
     """paths: train, test (absent for a hold-out), retention (optional), base (its tokenizer).
 
     The entry: rows/{train,test,retention}.parquet, quarantine.parquet, data_report.json,
@@ -32,7 +40,7 @@ class PrepareSpec(Frozen):
     data: Data = Field(description="With every `path` replaced by its file name.")
 
 
-class InspectSpec(Frozen):
+class InspectSpec(Spec):
     """paths: base. The entry: inspection.json, what each candidate would train.
 
     Builds every candidate on shapes alone, before any row is read, so that a target that matches
@@ -46,11 +54,12 @@ class InspectSpec(Frozen):
     candidates: list[Candidate] = Field(description="Without their train overrides.")
 
 
-class TrainSpec(Frozen):
+class TrainSpec(Spec):
     """paths: prepared, base. The entry: model/ (adapter or whole model), curve.json."""
 
     STAGE: ClassVar[str] = "train"
     VERSION: ClassVar[int] = 3
+    RESUMES: ClassVar[bool] = True
 
     task: Task
     candidate: Candidate = Field(description="Without its name and its train overrides.")
@@ -58,7 +67,7 @@ class TrainSpec(Frozen):
     dtype: Literal["float32", "bfloat16"]
 
 
-class EvaluateSpec(Frozen):
+class EvaluateSpec(Spec):
     """paths: prepared, base, subject (a train or merge entry; absent for the base itself).
 
     The entry: criteria.json (`schemas.report.CriteriaReport`), predictions.jsonl.
@@ -74,7 +83,7 @@ class EvaluateSpec(Frozen):
     dtype: Literal["float32", "bfloat16"]
 
 
-class MergeSpec(Frozen):
+class MergeSpec(Spec):
     """paths: base, trained, prepared (its labels.json; only for sequence-classification).
 
     The entry: model/, a whole transformers directory with tokenizer.
@@ -86,7 +95,7 @@ class MergeSpec(Frozen):
     finish: Finish
 
 
-class RegisterSpec(Frozen):
+class RegisterSpec(Spec):
     """paths: prepared, base, finished (merge or train entry), evaluated, page.
 
     The entry: registration.json (`schemas.report.Registration`). The registry itself is named
@@ -104,7 +113,7 @@ class RegisterSpec(Frozen):
     tracking: str = Field(description="Hash of the tracking URI: another registry, another entry.")
 
 
-class PageSpec(Frozen):
+class PageSpec(Spec):
     """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished.
 
     The entry: report.html, one file that reads offline.

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from schemas.errors import StageError, UserError
-from schemas.recipe import Frozen
-from schemas.stages import Call
+from schemas.stages import Call, Spec
 from tasks.core.progress import emit
 from tasks.core.store import Store
 
-Spec = TypeVar("Spec", bound=Frozen)
+AnySpec = TypeVar("AnySpec", bound=Spec)
 Paths = dict[str, Path]
 
 
-def main(spec_type: type[Spec], run: Callable[[Spec, Paths, Path], dict[str, Any]]) -> None:
+def main(spec_type: type[AnySpec], run: Callable[[AnySpec, Paths, Path], dict[str, Any]]) -> None:
     """The command line of one stage; `run(spec, paths, out_dir)` returns the entry's facts."""
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{Path(sys.argv[0]).parent.name}")
     parser.add_argument("call", type=Path, help="a JSON file, see schemas.stages.Call")
@@ -33,7 +32,9 @@ def main(spec_type: type[Spec], run: Callable[[Spec, Paths, Path], dict[str, Any
     try:
         spec = spec_type.model_validate(call.spec)
         paths = {name: Path(path) for name, path in call.paths.items()}
-        entry = Store(arguments.store).make(call, lambda out: run(spec, paths, out))
+        entry = Store(arguments.store).make(
+            call, lambda out: run(spec, paths, out), resumes=spec_type.RESUMES
+        )
     except UserError as error:
         problems = [problem.as_dict() for problem in error.problems]
         emit({"event": "user_error", "message": str(error), "problems": problems})

@@ -91,16 +91,20 @@ class Store:
         warn(f"{stage} entry {key[:12]} is damaged ({problem}); set aside as {aside}, made again")
         return None
 
-    def make(self, call: Call, run: Callable[[Path], dict[str, Any]]) -> Entry:
+    def make(
+        self, call: Call, run: Callable[[Path], dict[str, Any]], *, resumes: bool = False
+    ) -> Entry:
         """The entry of this call: found, or made by `run(work_dir)`, which returns its facts.
 
-        `run` may find files of an earlier, killed attempt in its directory. What it leaves in
-        `scratch/` is thrown away when the entry is sealed.
+        `run` may find files of an earlier, killed attempt in its directory, and `resumes` says
+        that it goes on from them. What it leaves in `scratch/` is thrown away when the entry is
+        sealed.
 
         Raises:
             UserError: from `run`, which leaves the store as it was; or the store cannot be
                 written to.
-            DiskFullError: no entry is changed; what this attempt has left is there to go on from.
+            DiskFullError: no entry is changed; what this attempt has left is gone, unless the
+                stage resumes.
         """
         key = key_of(call)
         with storage_errors(self.root):
@@ -114,13 +118,17 @@ class Store:
                 work.mkdir(exist_ok=True)
                 watch = Stopwatch()
                 try:
-                    facts = run(work)
+                    self._seal(call, key, work, run(work), watch)
                 except UserError:
                     # Checkpoints of an earlier attempt stay: the input may be put right again.
                     if fresh:
                         shutil.rmtree(work)
                     raise
-                self._seal(call, key, work, facts, watch)
+                except Exception as error:
+                    # What nothing can go on from would only keep the disk full.
+                    if is_full(error) and not resumes:
+                        shutil.rmtree(work)
+                    raise
         return Entry(self.path(call.stage, key), read_manifest(self.path(call.stage, key)))
 
     def entries(self, stage: str = "*") -> Iterator[Entry]:
@@ -216,6 +224,12 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def is_full(error: Exception) -> bool:
+    """Whether an error says that no space is left, whichever library met it."""
+    code = error.errno if isinstance(error, OSError) else None
+    return code in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL)
+
+
 @contextmanager
 def storage_errors(root: Path) -> Iterator[None]:
     """Turn a full disk, or a file that may not be used, into words with a fix.
@@ -228,11 +242,8 @@ def storage_errors(root: Path) -> Iterator[None]:
         yield
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        if code in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL):
-            raise DiskFullError(
-                f"{root}: the disk is full. Free some space and run again: "
-                "finished stages are kept, and training goes on from its last checkpoint."
-            ) from error
+        if is_full(error):
+            raise DiskFullError(f"{root}: the disk is full. {DiskFullError.FIX}") from error
         if isinstance(error, OSError) and code in (errno.EROFS, errno.EACCES, errno.EPERM):
             named = isinstance(error.filename, str | bytes)
             other = Path(os.fsdecode(error.filename)) if named else root

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from schemas.errors import DiskFullError
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,6 +314,6 @@ def test_a_full_disk_is_exit_2_and_says_so(shop: Shop, tmp_path: Path) -> None:
     [error] = record["errors"]
     assert f"{home}/store: the disk is full. Free some space and run again" in error["found"]
     assert "disk is full" in done.stderr
-    # No entry is new. What was made so far may wait under `.work-KEY` for the next attempt.
-    whole = {path for path in left if not path.startswith("store/prepare/.work-")}
-    assert whole == {f"store/inspect/{path.name}" for path in inspected.iterdir()}
+    assert error["fix"] == DiskFullError.FIX
+    # The store is as it was: no entry is new, and nothing half made takes up the room.
+    assert set(left) == {f"store/inspect/{path.name}" for path in inspected.iterdir()}

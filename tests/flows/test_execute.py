@@ -15,11 +15,11 @@ from schemas.stages import Call
 STAGE = """
 import os, signal, sys, time
 from schemas.errors import DiskFullError, Problem, RetryableError, StageError, UserError
-from schemas.recipe import Frozen
+from schemas.stages import Spec
 from tasks.core.progress import bar, say, warn
 from tasks.core.stage import main
 
-class Spec(Frozen):
+class Act(Spec):
     does: str
 
 def run(spec, paths, out):
@@ -45,7 +45,7 @@ def run(spec, paths, out):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    main(Spec, run)
+    main(Act, run)
 """
 
 
