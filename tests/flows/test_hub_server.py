@@ -110,7 +110,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
                 if code == 200 and "/resolve/" in self.path:
                     shelf.fetched.append(self.path.rsplit("/", 1)[-1])
 
-        do_GET = do_HEAD = do_POST = respond  # noqa: N815
+        do_GET = do_HEAD = do_POST = respond
 
         def log_message(self, *_: Any) -> None:
             pass
