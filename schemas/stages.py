@@ -48,7 +48,7 @@ class InspectSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "inspect"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     task: Task
     candidates: list[Candidate] = Field(description="Without their train overrides.")

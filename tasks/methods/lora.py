@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from schemas.errors import Problem, UserError
 from schemas.recipe import Lora
-from tasks.methods.method import Method, head_modules, to_float32, trained
+from tasks.core.models import head_modules
+from tasks.methods.method import Method, to_float32, trained
 from tasks.methods.targets import linear_targets
 
 TASK_TYPES = {

@@ -51,17 +51,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The classification head that sits on the pretrained backbone, by module name.
-
-    transformers calls it `classifier` or `score`; it is new for each task, so every method
-    trains it.
-    """
-    return {
-        name: module for name, module in model.named_children() if name in ("classifier", "score")
-    }
-
-
 def to_float32(weights: dict[str, nn.Parameter]) -> None:
     """Trained weights in float32, whatever the base is in: small updates vanish in bfloat16."""
     for weight in weights.values():

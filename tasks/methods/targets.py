@@ -7,7 +7,7 @@ import difflib
 from torch import nn
 
 from schemas.errors import Problem, UserError
-from tasks.methods.method import head_modules
+from tasks.core.models import head_modules
 
 
 def linear_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Linear]:

@@ -72,10 +72,19 @@ def test_an_encoder_is_no_language_model(tmp_path):
         load_base(tmp_path, "causal-lm", None, "float32")
 
 
-def test_a_layer_that_the_base_lacks_is_said_aloud(tmp_path, capfd):
+def test_a_layer_that_the_base_lacks_is_said_aloud_and_a_head_is_not(tmp_path, capfd):
+    """A pooler is of the head, which is new for each task and trained by every method."""
     BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False).save_pretrained(tmp_path)
     load_base(tmp_path, "sequence-classification", list("ab"), "float32")
-    assert "bert.pooler.dense.weight" in capfd.readouterr().err
+    assert "drawn at random" not in capfd.readouterr().err
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in weights if name.endswith("output.dense.bias"))
+    left = {name: weight for name, weight in weights.items() if name != gone}
+    save_file(left, tmp_path / "model.safetensors", {"format": "pt"})
+    load_base(tmp_path, "sequence-classification", list("ab"), "float32")
+    said = capfd.readouterr().err
+    assert "drawn at random" in said
+    assert gone in said
 
 
 def test_a_decoder_without_a_padding_token_classifies_rows_of_different_lengths(tmp_path):

@@ -6,10 +6,21 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from schemas.errors import UserError
 from schemas.recipe import Full, Lora
+from tasks.core.models import head_modules
 from tasks.methods.method import trained
 from tasks.methods.table import METHODS, method_for
 
@@ -30,6 +41,8 @@ BERT = BertConfig(
     intermediate_size=48,
     num_labels=5,
 )
+ROBERTA = RobertaConfig(**BERT.to_diff_dict())
+DISTILBERT = DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
 BASES = {
     "causal-lm": lambda: LlamaForCausalLM(LLAMA),
     "sequence-classification": lambda: BertForSequenceClassification(BERT),
@@ -78,10 +91,28 @@ def test_lora_starts_at_the_base_exactly(task):
     assert torch.equal(before, after)
 
 
-def test_lora_for_classification_trains_the_head():
-    base = BASES["sequence-classification"]()
+@pytest.mark.parametrize(
+    ("make", "heads"),
+    [
+        (BASES["sequence-classification"], {"bert.pooler", "classifier"}),
+        (lambda: RobertaForSequenceClassification(ROBERTA), {"classifier"}),
+        (lambda: DistilBertForSequenceClassification(DISTILBERT), {"pre_classifier", "classifier"}),
+        (lambda: LlamaForSequenceClassification(LLAMA), {"score"}),
+    ],
+)
+def test_lora_for_classification_trains_the_whole_head(make, heads):
+    """All of the layers after the backbone, and no low-rank update in their place."""
+    base = make()
+    expected = METHODS["lora"].trainable_parameters(
+        base, CANDIDATES["lora"], "sequence-classification"
+    )
+    within = sum(w.numel() for name in heads for w in base.get_submodule(name).parameters())
+    assert set(head_modules(base)) == heads
     model = METHODS["lora"].build(base, CANDIDATES["lora"], "sequence-classification")
-    assert any("classifier" in name for name in trained(model))
+    whole = {name: weight for name, weight in trained(model).items() if "lora_" not in name}
+    assert sum(weight.numel() for weight in whole.values()) == within
+    assert all(any(f"{head}." in name for head in heads) for name in whole)
+    assert sum(weight.numel() for weight in trained(model).values()) == expected
 
 
 @pytest.mark.parametrize("task", BASES)
