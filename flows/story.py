@@ -6,7 +6,7 @@ differ in the hands that they lend it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -66,8 +66,11 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     figures = {label: criteria(evaluated[label]).figures() for label in candidates}
     choice = choose(recipe.select, figures)
 
-    finished = trained[choice.label]
-    if recipe.finish.merge and candidates[choice.label].method != "full":
+    finished, chosen = trained[choice.label], candidates[choice.label]
+    if recipe.finish.merge and not chosen.MERGES and chosen.method != "full":
+        beside = f"; {chosen.method} cannot be merged and is served beside its base"
+        choice = replace(choice, why=choice.why + beside)
+    if recipe.finish.merge and chosen.MERGES:
         finished = hands.make(calls.merge(choice.label, rows, finished))
     evaluated["finished"] = hands.make(calls.evaluate("finished", rows, finished))
 

@@ -8,7 +8,7 @@ Reading YAML and turning errors into places and fixes is the work of `schemas/lo
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -117,7 +117,12 @@ class TrainOverrides(Frozen):
 
 
 class CandidateBase(Frozen):
-    """What every candidate has, whatever its method."""
+    """What every candidate has, whatever its method.
+
+    MERGES: whether `finish.merge` folds it into the base; what does not is served beside it.
+    """
+
+    MERGES: ClassVar[bool] = True
 
     name: str | None = Field(None, pattern=NAME, description="Shown in tables; unique.")
     train: TrainOverrides = Field(default_factory=TrainOverrides)
@@ -134,6 +139,8 @@ class CandidateBase(Frozen):
 
 class Full(CandidateBase):
     """Every weight of the base is trained."""
+
+    MERGES: ClassVar[bool] = False
 
     method: Literal["full"]
 
@@ -154,7 +161,75 @@ class Lora(CandidateBase):
         return f"lora-r{self.rank}"
 
 
-Candidate = Annotated[Full | Lora, Field(discriminator="method")]
+class Ia3(CandidateBase):
+    """IA3: keys, values and what the feed-forward reads, each scaled by a learned vector.
+
+    Liu et al. 2022, arXiv:2205.05638.
+    """
+
+    method: Literal["ia3"]
+    target_modules: list[str] | None = Field(
+        None,
+        description="Linear layers by the last part of their name. null: those that are usual "
+        "for the base's kind.",
+    )
+    feedforward_modules: list[str] | None = Field(
+        None, description="Those of target_modules that are scaled where they read."
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Ia3:
+        targets, inside = self.target_modules, self.feedforward_modules
+        if (targets is None) != (inside is None):
+            raise ValueError("give both `target_modules` and `feedforward_modules`, or neither")
+        if extra := sorted(set(inside or ()) - set(targets or ())):
+            raise ValueError(f"feedforward_modules has {extra[0]}, which target_modules has not")
+        return self
+
+
+class LayerNorm(CandidateBase):
+    """The weights (and biases) of the norms alone. Zhao et al. 2024, arXiv:2312.11420."""
+
+    method: Literal["layer_norm"]
+
+
+class BitFit(CandidateBase):
+    """The model's own biases and nothing else. Ben Zaken et al. 2022, arXiv:2106.10199."""
+
+    method: Literal["bitfit"]
+
+
+class Bottleneck(CandidateBase):
+    """Adapters of two small layers with a nonlinearity between, inside every block.
+
+    Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247; beside the
+    feed-forward: He et al. 2022, arXiv:2110.04366.
+    """
+
+    MERGES: ClassVar[bool] = False
+
+    method: Literal["bottleneck"]
+    placement: Literal["double_sequential", "sequential", "parallel"] = Field(
+        "sequential",
+        description="After attention and feed-forward, after the feed-forward alone, or beside it.",
+    )
+    reduction_factor: int = Field(16, ge=1, description="Hidden width over the adapter's.")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    scaling: float = Field(1.0, gt=0, description="Of what the adapter adds.")
+    attention_modules: list[str] | None = Field(
+        None, description="Where attention ends, by the end of the name. null: known by the base."
+    )
+    feed_forward_modules: list[str] | None = Field(
+        None, description="The feed-forwards, by the end of the name. null: known by the base."
+    )
+
+    def default_name(self) -> str:
+        return f"bottleneck-{self.placement}-{self.reduction_factor}"
+
+
+Candidate = Annotated[
+    Full | Lora | Ia3 | LayerNorm | BitFit | Bottleneck, Field(discriminator="method")
+]
 
 
 class Train(Frozen):

@@ -90,7 +90,7 @@ class MergeSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "merge"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     finish: Finish
 
@@ -103,7 +103,7 @@ class RegisterSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "register"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     task: Task
     name: str

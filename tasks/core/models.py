@@ -6,12 +6,15 @@ Only safetensors are read: a `.bin` or `.pt` checkpoint is a pickle, which runs 
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -52,6 +55,10 @@ def head_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         ):
             heads[name] = module
     return heads
+
+
+#: The tuner's own file, beside an adapter of a kind that PEFT lacks.
+TUNER = "tuner.py"
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
@@ -129,6 +136,19 @@ def _load(
     return cast(PreTrainedModel, model.eval()), loading
 
 
+def register_tuner(model_dir: Path) -> None:
+    """Make PEFT know the kind of an adapter that brings its own tuner; that file registers itself
+    on import. A kind that is known already stays as it is."""
+    path = model_dir / TUNER
+    kind = json.loads((model_dir / "adapter_config.json").read_text())["peft_type"]
+    if not path.exists() or kind in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    found: Any = importlib.util.spec_from_file_location(f"peftflow_tuner_{kind.lower()}", path)
+    # Before it runs: dataclasses look their module up by name.
+    sys.modules[found.name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(sys.modules[found.name])
+
+
 def load_trained(
     base: Path, model_dir: Path, task: str, labels: list[str] | None, dtype: Dtype
 ) -> torch.nn.Module:
@@ -140,6 +160,7 @@ def load_trained(
     if (model_dir / "adapter_config.json").exists():
         from peft import PeftModel
 
+        register_tuner(model_dir)
         model = load_base(base, task, labels, dtype)
         with warnings.catch_warnings():
             # PEFT says this in a warning, and goes on with what it drew at random.

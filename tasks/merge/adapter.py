@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saves it: what it adds to which weight, and what cannot be folded."""
+"""An adapter as PEFT saves it: what it makes of which weight, and what cannot be folded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ UNDERSTOOD = {
     "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
+    "feedforward_modules",
     "inference_mode",
+    "init_ia3_weights",
     "init_lora_weights",
     "layers_pattern",
     "layers_to_transform",
@@ -48,6 +50,9 @@ UNDERSTOOD = {
     "use_rslora",
 }
 
+#: Kinds of adapter that fold into the base's weights.
+FOLDED = ("LORA", "IA3", "LN_TUNING", "BITFIT")
+
 #: Initialisations that leave the base's weights alone. PiSSA, CorDA, OLoRA and LoftQ do not.
 PLAIN_INITS = (True, False, "gaussian", "eva")
 
@@ -66,12 +71,14 @@ class Adapter:
     """What an adapter adds to its base.
 
     updates: module name in the transformers model: its low-rank update.
+    scales: module name: what its outputs [O, 1] or its inputs [1, I] are multiplied with (IA3).
     whole: tensor name in the transformers model: a trained tensor that replaces or joins the
     base's (a classification head, biases).
     task: as in a recipe.
     """
 
     updates: dict[str, LowRank]
+    scales: dict[str, torch.Tensor]
     whole: dict[str, torch.Tensor]
     task: str
 
@@ -86,6 +93,7 @@ def read_adapter(directory: Path) -> Adapter:
     refuse_unknown(config, directory)
     tensors = load_file(directory / "adapter_model.safetensors")
     pairs: dict[str, dict[str, torch.Tensor]] = {}
+    scales: dict[str, torch.Tensor] = {}
     whole: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
@@ -94,6 +102,8 @@ def read_adapter(directory: Path) -> Adapter:
         module, side = split_lora_key(name)
         if side is not None:
             pairs.setdefault(module, {})[side] = tensor
+        elif name.endswith(".ia3_l"):
+            scales[name.removesuffix(".ia3_l")] = tensor.float()
         elif "lora_" in name or "token_adapter" in name:
             raise StageError(
                 f"{directory}: cannot fold {name} exactly; set `finish: {{merge: false}}`"
@@ -101,7 +111,7 @@ def read_adapter(directory: Path) -> Adapter:
         elif tensor.dtype not in FORMAT_NAMES:
             raise StageError(f"{directory}: {name} is {tensor.dtype}, not a weight")
         else:
-            whole[name.replace(".base_layer.", ".")] = tensor
+            whole[own_name(name)] = tensor
     updates = {
         module: LowRank(pair["A"].float(), pair["B"].float(), scaling(module, config, pair["A"]))
         for module, pair in pairs.items()
@@ -111,9 +121,16 @@ def read_adapter(directory: Path) -> Adapter:
         raise StageError(f"{directory}: {broken[0]} holds NaN or infinity: the training diverged")
     if updates and not any(update.b_OR.any() for update in updates.values()):
         warn(f"{directory}: every B of the adapter is zero: it changes no weight of the base")
-    if not updates and not whole:
+    if not updates and not scales and not whole:
         raise StageError(f"{directory}: the adapter is empty; merging it would change nothing")
-    return Adapter(updates, whole, task_of(config, directory))
+    return Adapter(updates, scales, whole, task_of(config, directory))
+
+
+def own_name(name: str) -> str:
+    """A trained copy of a weight (norms, biases, heads) under the name that the model has."""
+    for inside in (".base_layer.", ".ln_tuning_layers."):
+        name = name.replace(inside, ".")
+    return name.removesuffix(".bitfit_bias") + ".bias" if name.endswith(".bitfit_bias") else name
 
 
 def split_lora_key(name: str) -> tuple[str, str | None]:
@@ -134,7 +151,7 @@ def scaling(module: str, config: dict[str, Any], a_RI: torch.Tensor) -> float:
 
 def refuse_unknown(config: dict[str, Any], directory: Path) -> None:
     found = [f"{key}={value!r}" for key, value in config.items() if value and key not in UNDERSTOOD]
-    if config["peft_type"] != "LORA":
+    if config["peft_type"] not in FOLDED:
         found.append(f"peft_type={config['peft_type']!r}")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         found.append(f"init_lora_weights={config['init_lora_weights']!r}")

@@ -25,12 +25,16 @@ class Copy:
 
 @dataclass(frozen=True)
 class Fold:
-    """A stored weight W as W + left @ right, rounded once. left: [rows, R], right: [R, columns]."""
+    """A stored weight W as W + left @ right, or W * scale, rounded once.
+
+    left: [rows, R]. right: [R, columns]. scale: [rows, 1] or [1, columns].
+    """
 
     shard: Shard
     tensor: TensorRecord
-    left: torch.Tensor
-    right: torch.Tensor
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ class Matcher:
             for name, value in self.adapter.whole.items()
             if not self.is_base_own(name, value)
         }
-        updated = {f"{module}.weight": module for module in self.adapter.updates}
+        updated = {
+            f"{module}.weight": module for module in {**self.adapter.updates, **self.adapter.scales}
+        }
         unknown = sorted((whole.keys() | updated.keys()) - self.skeleton.shapes.keys())
         if unknown:
             raise StageError(f"the adapter changes {', '.join(unknown)}: the model has none such")
@@ -128,7 +134,18 @@ class Matcher:
         return {
             **{name: self.new(name, value) for name, value in whole.items()},
             **{name: self.fold(name, module) for name, module in updated.items()},
+            **self.scaled_biases(),
         }
+
+    def scaled_biases(self) -> dict[str, Origin]:
+        """Where outputs are scaled, so is the bias that was added to them."""
+        found: dict[str, Origin] = {}
+        for module, scale in self.adapter.scales.items():
+            name = f"{module}.bias"
+            if scale.shape[1] == 1 and name in self.skeleton.shapes:
+                bias = self.checkpoint.read(self.stored[name])
+                found[name] = New((bias.float() * scale[:, 0]).to(bias.dtype))
+        return found
 
     def new(self, name: str, value: torch.Tensor) -> New:
         wanted = self.skeleton.shapes[name]
@@ -136,7 +153,10 @@ class Matcher:
             raise StageError(
                 f"{name} is {list(value.shape)} in the adapter and {list(wanted)} in the model"
             )
-        return New(value.contiguous())
+        # In the dtype of what it replaces; a new head keeps its own.
+        own = self.checkpoint.locations[self.stored[name]][1] if name in self.stored else None
+        dtype = value.dtype if own is None else FLOATS.get(own.dtype, value.dtype)
+        return New(value.to(dtype).contiguous())
 
     def fold(self, name: str, module: str) -> Fold:
         origin = self.copy(name)
@@ -145,14 +165,22 @@ class Matcher:
         if layout is None or tensor.dtype not in FLOATS:
             kind = type(self.skeleton.model.get_submodule(module)).__name__
             raise StageError(f"cannot fold into {name} ({kind}, {tensor.dtype}); {MERGE_OFF}")
-        left, right = factors(self.adapter.updates[module], layout)
-        update_shape = (left.shape[0], right.shape[1])
-        if update_shape != tensor.shape:
+        if module in self.adapter.scales:
+            scale = self.adapter.scales[module]
+            scale = scale if layout == "out_in" else scale.T.contiguous()
+            shape = tuple(
+                a if b == 1 else b for a, b in zip(tensor.shape, scale.shape, strict=True)
+            )
+            made = Fold(shard, tensor, scale=scale)
+        else:
+            left, right = factors(self.adapter.updates[module], layout)
+            shape, made = (left.shape[0], right.shape[1]), Fold(shard, tensor, left, right)
+        if shape != tensor.shape:
             raise StageError(
-                f"the adapter's update of {name} is {list(update_shape)}, the weight "
+                f"the adapter's update of {name} is {list(shape)}, the weight "
                 f"{list(tensor.shape)}: this adapter was trained on another base"
             )
-        return Fold(shard, tensor, left, right)
+        return made
 
     def copy(self, name: str) -> Copy:
         """The stored tensor that loads as this weight, or as one that the base ties to it."""

@@ -136,20 +136,19 @@ def write_piece(piece: Piece, files: SourceFiles) -> int:
 
 
 def fold_rows(source: int, piece: Piece, fold: Fold) -> None:
-    """Rows of W + left @ right: read, summed in float32, rounded once to W's dtype, written."""
+    """Rows of a folded W: read, summed in float32, rounded once to W's dtype, written."""
     dtype, columns = FLOATS[fold.tensor.dtype], fold.tensor.shape[1]
     rows = piece.size // (columns * dtype.itemsize)
     raw, flat = BUFFERS.take(piece.size, rows * columns)
     weights = raw.view(dtype).view(rows, columns)
     at = fold.shard.data_start + fold.tensor.start + piece.start * columns * dtype.itemsize
     read_all(source, byte_view(raw), at)
-    total = flat.view(rows, columns)
     if dtype == torch.float64:
-        left = fold.left[piece.start : piece.start + rows].double()
-        weights.addmm_(left, fold.right.double())
+        fold_into(weights, fold, piece.start)
     else:
+        total = flat.view(rows, columns)
         total.copy_(weights)
-        total.addmm_(fold.left[piece.start : piece.start + rows], fold.right)
+        fold_into(total, fold, piece.start)
         weights.copy_(total)
     if dtype == torch.float16 and not weights.isfinite().all():
         raise StageError(
@@ -157,6 +156,15 @@ def fold_rows(source: int, piece: Piece, fold: Fold) -> None:
             "model; set `finish: {merge: false}`, or use a base in bfloat16"
         )
     write_all(piece.target, byte_view(raw), piece.offset)
+
+
+def fold_into(weights: torch.Tensor, fold: Fold, start: int) -> None:
+    """W + left @ right, or W * scale, of the rows from `start` on, in place."""
+    part, dtype = slice(start, start + len(weights)), weights.dtype
+    if fold.scale is not None:
+        weights.mul_((fold.scale if len(fold.scale) == 1 else fold.scale[part]).to(dtype))
+    if fold.left is not None and fold.right is not None:
+        weights.addmm_(fold.left[part].to(dtype), fold.right.to(dtype))
 
 
 def copy_bytes(source: int, piece: Piece) -> None:

@@ -6,20 +6,14 @@ shape (out, in) it trains rank * (in + out) weights; for classification the head
 
 from __future__ import annotations
 
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
 from schemas.errors import Problem, UserError
 from schemas.recipe import Lora
-from tasks.core.models import head_modules
-from tasks.methods.method import Method, to_float32, trained
+from tasks.methods.method import Method, adapted, head_parameters, task_settings
 from tasks.methods.targets import linear_targets
-
-TASK_TYPES = {
-    "causal-lm": TaskType.CAUSAL_LM,
-    "sequence-classification": TaskType.SEQ_CLS,
-}
 
 
 def build(model: PreTrainedModel, candidate: Lora, task: str) -> nn.Module:
@@ -30,17 +24,13 @@ def build(model: PreTrainedModel, candidate: Lora, task: str) -> nn.Module:
     """
     targets = checked_targets(model, candidate)
     config = LoraConfig(
-        task_type=TASK_TYPES[task],
+        **task_settings(model, task),
         r=candidate.rank,
         lora_alpha=candidate.alpha,
         lora_dropout=candidate.dropout,
         target_modules=sorted(targets),
-        modules_to_save=sorted(head_modules(model)) if task != "causal-lm" else None,
     )
-    model.requires_grad_(False)
-    tuned: nn.Module = get_peft_model(model, config)
-    to_float32(trained(tuned))
-    return tuned
+    return adapted(model, config, "candidates[method=lora]")
 
 
 def trainable_parameters(model: nn.Module, candidate: Lora, task: str) -> int:
@@ -49,10 +39,7 @@ def trainable_parameters(model: nn.Module, candidate: Lora, task: str) -> int:
         candidate.rank * (layer.in_features + layer.out_features)
         for layer in linear_targets(model, candidate.target_modules).values()
     )
-    if task == "causal-lm":
-        return adapters
-    heads = head_modules(model).values()
-    return adapters + sum(weight.numel() for head in heads for weight in head.parameters())
+    return adapters + head_parameters(model, task)
 
 
 def checked_targets(model: nn.Module, candidate: Lora) -> dict[str, nn.Linear]:

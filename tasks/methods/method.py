@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
+
+from schemas.errors import UserError
+from tasks.core.models import head_modules
+
+TASK_TYPES = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "sequence-classification": TaskType.SEQ_CLS,
+}
 
 Family = Literal["none", "additive", "selective", "reparameterisation"]
 
@@ -28,6 +38,8 @@ class Method:
     tasks: the tasks that it can be used for.
     trained_base: whether it trains the base's own weights, which then stay in float32.
     format: what its entry holds.
+    tuner: the file that PEFT needs to load it again, where PEFT itself lacks the method; it
+        travels with the adapter.
     """
 
     name: str
@@ -39,6 +51,37 @@ class Method:
     format: Literal["peft-adapter", "transformers"]
     build: Build
     trainable_parameters: Count
+    tuner: Path | None = None
+
+
+def adapted(model: Any, config: PeftConfig, place: str) -> nn.Module:
+    """The model wrapped by PEFT, frozen but for what the method trains, which is float32.
+
+    Raises:
+        UserError: PEFT cannot apply the method to this model; `place` is where the recipe asks.
+    """
+    model.requires_grad_(False)
+    try:
+        tuned: nn.Module = get_peft_model(model, config)
+    except ValueError as error:
+        found, _, fix = str(error).partition("; ")
+        raise UserError.at(
+            place, found, fix or "choose other modules, or another method"
+        ) from error
+    to_float32(trained(tuned))
+    return tuned
+
+
+def task_settings(model: nn.Module, task: str) -> dict[str, Any]:
+    """What every PEFT configuration is told of the task: its type, and the head to train."""
+    heads = sorted(head_modules(model)) if task != "causal-lm" else None
+    return {"task_type": TASK_TYPES[task], "modules_to_save": heads}
+
+
+def head_parameters(model: nn.Module, task: str) -> int:
+    """Weights of the head that a task needs anew."""
+    heads = head_modules(model).values() if task != "causal-lm" else ()
+    return sum(weight.numel() for head in heads for weight in head.parameters())
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,8 +11,10 @@ A causal model answers prompts: plain text, or a conversation as a JSON list of
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +148,8 @@ def load_model(package: Path, serving: dict[str, Any]) -> Any:
         return load(package / "model", local_files_only=True, **options)
     from peft import PeftModel
 
+    if (package / "model" / "tuner.py").exists():
+        import_tuner(package / "model" / "tuner.py")
     if serving["labels"] is not None:
         options["id2label"] = dict(enumerate(serving["labels"]))
         options["label2id"] = {label: at for at, label in enumerate(serving["labels"])}
@@ -156,6 +160,17 @@ def load_model(package: Path, serving: dict[str, Any]) -> Any:
         # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         return PeftModel.from_pretrained(base, package / "model")
+
+
+def import_tuner(path: Path) -> None:
+    """Run the file of a tuner that PEFT lacks: importing it makes it known to PEFT."""
+    name = f"peftflow_tuner_{sha256_file(path)[:12]}"
+    if name in sys.modules:
+        return
+    found: Any = importlib.util.spec_from_file_location(name, path)
+    # Before it runs: dataclasses look their module up by name.
+    sys.modules[name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(sys.modules[name])
 
 
 def find_base(base: dict[str, Any]) -> Path:

@@ -9,24 +9,28 @@ from pathlib import Path
 from torch import nn
 
 from tasks.core.files import write_atomic
+from tasks.core.models import TUNER
 from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.methods.method import Method
 from tasks.train.loss import unwrapped
 
 #: What stands for the base's path in an adapter: its content hash is in the manifest.
 BASE_NAME = "base"
 
 
-def save_model(model: nn.Module, target: Path, base: Path, dtype: Dtype, form: str) -> None:
+def save_model(model: nn.Module, target: Path, base: Path, dtype: Dtype, method: Method) -> None:
     """Write `target`: `peft-adapter` or `transformers`.
 
-    An adapter keeps its float32 weights. A whole model is rounded once to `dtype`, the dtype in
-    which it will be measured and served.
+    An adapter keeps its float32 weights, and has with it the file of a tuner that PEFT lacks. A
+    whole model is rounded once to `dtype`, the dtype in which it will be measured and served.
     """
     shutil.rmtree(target, ignore_errors=True)
-    if form == "peft-adapter":
+    if method.format == "peft-adapter":
         model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
         (target / "README.md").unlink(missing_ok=True)
         _forget_place(target / "adapter_config.json")
+        if method.tuner is not None:
+            shutil.copyfile(method.tuner, target / TUNER)
         return
     whole = unwrapped(model).to(TORCH_DTYPES[dtype])
     whole.config._name_or_path = ""

@@ -76,7 +76,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
 
     # Before saving: a whole model is rounded to its own dtype, a copy that training never holds.
     peak = runtime.peak_mib() - floor
-    save_model(model, out_dir / "model", paths["base"], spec.dtype, method.format)
+    save_model(model, out_dir / "model", paths["base"], spec.dtype, method)
     write_atomic(out_dir / "curve.json", json.dumps([p.model_dump() for p in state.curve]))
     return {
         "method": method.name,

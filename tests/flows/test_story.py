@@ -306,3 +306,15 @@ def test_a_hub_base_without_a_network_says_how_to_go_on(
     with pytest.raises(UserError, match="hf download org/name --revision") as caught:
         calls(place, base={"model": "org/name", "revision": "0" * 40})
     assert "base.model" in caught.value.problems[0].place
+
+
+def test_what_cannot_be_merged_is_registered_beside_its_base_and_said(place: Path) -> None:
+    candidates = [{"method": "bottleneck"}, {"method": "lora", "rank": 2}]
+    label = "bottleneck-sequential-16"
+    outcome, hands = told(calls(place, candidates=candidates), **{label: 0.5})
+    assert outcome.choice.label == label
+    assert "bottleneck cannot be merged and is served beside its base" in outcome.choice.why
+    assert not any(step.call.stage == "merge" for step in hands.made)
+    [registered] = [step for step in hands.made if step.call.stage == "register"]
+    [trained] = [step for step in hands.made if step.title == f"train {label}"]
+    assert registered.call.inputs["finished"] == key_of(trained.call)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 from schemas.errors import UserError
-from schemas.recipe import Full, Lora
+from schemas.recipe import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora
 from tasks.core.models import head_modules
 from tasks.methods.method import trained
 from tasks.methods.table import METHODS, method_for
@@ -32,6 +34,7 @@ LLAMA = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     tie_word_embeddings=True,
+    attention_bias=True,
 )
 BERT = BertConfig(
     vocab_size=64,
@@ -47,12 +50,28 @@ BASES = {
     "causal-lm": lambda: LlamaForCausalLM(LLAMA),
     "sequence-classification": lambda: BertForSequenceClassification(BERT),
 }
-CANDIDATES = {"full": Full(method="full"), "lora": Lora(method="lora", rank=4)}
+CANDIDATES = {
+    "full": Full(method="full"),
+    "lora": Lora(method="lora", rank=4),
+    "ia3": Ia3(method="ia3"),
+    "layer_norm": LayerNorm(method="layer_norm"),
+    "bitfit": BitFit(method="bitfit"),
+    "bottleneck": Bottleneck(method="bottleneck", reduction_factor=4),
+}
+ADAPTERS = [name for name in CANDIDATES if name != "full"]
 
 
-def test_every_method_of_the_recipe_is_in_the_table():
+def test_every_method_of_the_recipe_is_in_the_table_and_on_its_page():
     assert set(METHODS) == set(CANDIDATES)
-    assert all(name == method.name for name, method in METHODS.items())
+    page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
+    for name, method in METHODS.items():
+        assert name == method.name
+        assert method.merges == CANDIDATES[name].MERGES
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
+        _, family, _, merges, papers = (cell.strip() for cell in row.strip("|").split("|"))
+        assert family == method.family
+        assert (merges == "yes") == method.merges
+        assert method.paper in papers or name == "full"
 
 
 @pytest.mark.parametrize("task", BASES)
@@ -82,12 +101,13 @@ def test_lora_counts_by_hand():
 
 
 @pytest.mark.parametrize("task", BASES)
-def test_lora_starts_at_the_base_exactly(task):
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_starts_at_the_base_exactly(name, task):
     torch.manual_seed(0)
     base = BASES[task]().eval()
     ids = torch.randint(0, 64, (2, 9))
     before = base(input_ids=ids).logits.detach()
-    after = METHODS["lora"].build(base, CANDIDATES["lora"], task).eval()(input_ids=ids).logits
+    after = METHODS[name].build(base, CANDIDATES[name], task).eval()(input_ids=ids).logits
     assert torch.equal(before, after)
 
 
@@ -171,5 +191,5 @@ def test_a_base_without_linear_layers_is_refused():
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"choose from full, lora"):
+    with pytest.raises(UserError, match=r"choose from .*full.*, lora"):
         method_for("lroa", "causal-lm")

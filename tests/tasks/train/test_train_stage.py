@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
-from tasks.core.models import load_base, load_trained
+from tasks.core.models import TUNER, load_base, load_trained
 from tasks.core.tokens import TokenRows
 from tasks.train import memory, placement, stage
 from tasks.train.stage import run
@@ -88,6 +90,12 @@ def make_spec(task: str, candidate: dict[str, object], dtype: str = "float32", *
 
 FULL = {"method": "full"}
 LORA = {"method": "lora", "rank": 4}
+OTHERS = [
+    {"method": "ia3"},
+    {"method": "layer_norm"},
+    {"method": "bitfit"},
+    {"method": "bottleneck", "placement": "double_sequential", "reduction_factor": 4},
+]
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
@@ -121,6 +129,54 @@ def test_both_methods_learn_both_tasks_and_reload(tmp_path, places, task, candid
             # Rows count upwards, and the tuned model does.
             guesses = tuned(input_ids=ids).logits[0, 1:-1].argmax(-1)
             assert (guesses == ids[0, 2:]).float().mean() >= 0.5
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize("candidate", OTHERS, ids=[other["method"] for other in OTHERS])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate, dtype):
+    """The loss falls, and a fresh base with the adapter differs from the base alone."""
+    rate = 0.1 if task == "causal-lm" else 0.03
+    spec = make_spec(task, candidate, dtype, learning_rate=rate, max_steps=60)
+    if task == "causal-lm" and candidate["method"] == "bitfit":
+        with pytest.raises(UserError, match="has no bias"):
+            run(spec, places[task], tmp_path)
+        return
+    facts = run(spec, places[task], tmp_path)
+    # A random frozen base gives so few weights little to work with.
+    assert facts["final_loss"] < 0.99 * facts["first_loss"]
+    assert (tmp_path / "model" / TUNER).exists() == (
+        candidate["method"] in ("bitfit", "bottleneck")
+    )
+    labels = LABELS if task != "causal-lm" else None
+    base = load_base(places[task]["base"], task, labels, dtype)
+    tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        assert not torch.allclose(
+            tuned(input_ids=ids).logits, base(input_ids=ids).logits, atol=0.05
+        )
+
+
+def test_an_adapter_of_a_kind_that_peft_lacks_brings_its_tuner(tmp_path, places):
+    """In a process where only what lies in its directory can make it known to PEFT."""
+    task = "causal-lm"
+    spec = make_spec(task, OTHERS[-1], max_steps=3)
+    run(spec, places[task], tmp_path)
+    tuned = load_trained(places[task]["base"], tmp_path / "model", task, None, "float32")
+    ids = torch.arange(5, 13)[None]
+    expected = tuned(input_ids=ids).logits.detach()
+    script = f"""
+import sys, torch
+from pathlib import Path
+from tasks.core.models import load_trained
+tuned = load_trained(Path({str(places[task]["base"])!r}), Path({str(tmp_path / "model")!r}),
+                     {task!r}, None, "float32")
+assert not any(name.startswith("tasks.methods") for name in sys.modules)
+torch.save(tuned(input_ids=torch.arange(5, 13)[None]).logits.detach(), sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "logits.pt")], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
 def test_an_adapter_names_no_place_and_is_float32(tmp_path, places):

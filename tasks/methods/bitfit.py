@@ -1,0 +1,53 @@
+"""BitFit: the model's own biases learn, all else is frozen.
+
+Ben Zaken et al. 2022, arXiv:2106.10199. PEFT has no such tuner (`bias="all"` trains LoRA's weights
+too): `tasks/methods/tuners/bitfit.py` is one. It trains as many weights as the base has biases
+outside its heads; for classification the head learns too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from schemas.recipe import BitFit
+from tasks.core.models import head_modules
+from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.tuners import bitfit
+
+
+def build(model: nn.Module, candidate: BitFit, task: str) -> nn.Module:
+    """The model wrapped by PEFT, with its biases (and the head) in float32 and the rest frozen.
+
+    Raises:
+        UserError: the base has no bias.
+    """
+    config = bitfit.BitFitConfig(**task_settings(model, task))
+    return adapted(model, config, "candidates[method=bitfit]")
+
+
+def trainable_parameters(model: nn.Module, candidate: BitFit, task: str) -> int:
+    """Every bias outside the heads, and the head that the task needs anew."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = tuple(f"{head}." for head in head_modules(model))
+    own = 0
+    for name, module in model.named_modules():
+        bias = module._parameters.get("bias")
+        if bias is not None and module is not output and not f"{name}.".startswith(heads):
+            own += bias.numel()
+    return own + head_parameters(model, task)
+
+
+METHOD = Method(
+    name="bitfit",
+    paper="arXiv:2106.10199",
+    family="selective",
+    merges=True,
+    tasks=("causal-lm", "sequence-classification"),
+    trained_base=False,
+    format="peft-adapter",
+    build=build,
+    trainable_parameters=trainable_parameters,
+    tuner=Path(bitfit.__file__),
+)

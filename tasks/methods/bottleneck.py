@@ -1,0 +1,61 @@
+"""Bottleneck adapters: two small layers with a nonlinearity between, inside every block.
+
+Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247; He et al. 2022,
+arXiv:2110.04366. PEFT has none: `tasks/methods/tuners/bottleneck.py` is such a tuner. Of a block
+of width d and an adapter of width b = d // reduction_factor it trains 2 d b + b + d weights; for
+classification the head learns too. It starts at the base exactly, and cannot be merged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from schemas.errors import UserError
+from schemas.recipe import Bottleneck
+from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.tuners import bottleneck
+
+PLACE = "candidates[method=bottleneck]"
+
+
+def build(model: nn.Module, candidate: Bottleneck, task: str) -> nn.Module:
+    """The model wrapped by PEFT, its adapters (and the head) in float32 and the rest frozen.
+
+    Raises:
+        UserError: a base whose modules are not known, or a name that matches none.
+    """
+    return adapted(model, settings(model, candidate, task), PLACE)
+
+
+def trainable_parameters(model: nn.Module, candidate: Bottleneck, task: str) -> int:
+    """2 d b + b + d for each adapter, and the head."""
+    config = settings(model, candidate, task)
+    try:
+        widths = bottleneck.target_widths(model, config)
+    except ValueError as error:
+        found, _, fix = str(error).partition("; ")
+        raise UserError.at(PLACE, found, fix) from error
+    own = bottleneck.count(widths.values(), candidate.reduction_factor)
+    return own + head_parameters(model, task)
+
+
+def settings(model: nn.Module, candidate: Bottleneck, task: str) -> bottleneck.BottleneckConfig:
+    """PEFT's configuration of a candidate."""
+    fields = candidate.model_dump(exclude={"name", "train", "method"})
+    return bottleneck.BottleneckConfig(**task_settings(model, task), **fields)
+
+
+METHOD = Method(
+    name="bottleneck",
+    paper="arXiv:1902.00751",
+    family="additive",
+    merges=False,
+    tasks=("causal-lm", "sequence-classification"),
+    trained_base=False,
+    format="peft-adapter",
+    build=build,
+    trainable_parameters=trainable_parameters,
+    tuner=Path(bottleneck.__file__),
+)
