@@ -97,7 +97,9 @@ def criteria_table(record: RunRecord) -> Table:
     table.add_column("", no_wrap=True)
     for subject in subjects:
         chosen = subject.label == record.selected
-        table.add_column(subject.label, justify="right", style="bold" if chosen else "")
+        # Folded: names that were cut short would look alike.
+        style = "bold" if chosen else ""
+        table.add_column(subject.label, justify="right", overflow="fold", style=style)
     for line in lines_of(subjects):
         values = {subject.label: line.get(subject) for subject in subjects}
         best = best_of({label: values[label] for label in candidates}, line.less)
