@@ -106,7 +106,7 @@ def test_what_no_input_caused_is_exit_1_and_a_full_disk_exit_2(
     with pytest.raises(SystemExit) as ended:
         guarded(work, tmp_path, as_json=True)
     assert ended.value.code == code
-    errors = [{"place": "", "found": str(error), "fix": ""}]
+    errors = [{"place": "", "found": str(error), "fix": getattr(error, "FIX", "")}]
     assert json.loads(capsys.readouterr().out) == {"state": state, "errors": errors}
 
 
