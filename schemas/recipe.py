@@ -156,9 +156,31 @@ class Lora(CandidateBase):
         "all-linear",
         description="Linear layers by the last part of their name, e.g. [q_proj, v_proj].",
     )
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Other ranks for some of them, by the last part of their name, e.g. "
+        "{down_proj: 32}.",
+    )
+    rslora: bool = Field(
+        False,
+        description="Scale by alpha / sqrt(rank), which keeps high ranks learning. "
+        "Kalajdzievski 2023, arXiv:2312.03732.",
+    )
+    dora: bool = Field(
+        False,
+        description="Learn the length of each row of W apart from its direction. "
+        "Liu et al. 2024, arXiv:2402.09353.",
+    )
+    b_rate: float = Field(
+        1.0,
+        gt=0,
+        description="LoRA+: B learns at this many times the rate of A, e.g. 16. "
+        "Hayou et al. 2024, arXiv:2402.12354.",
+    )
 
     def default_name(self) -> str:
-        return f"lora-r{self.rank}"
+        kinds = {"rs": self.rslora, "dora": self.dora, "plus": self.b_rate != 1}
+        return "-".join(["lora", f"r{self.rank}", *(kind for kind, on in kinds.items() if on)])
 
 
 class Ia3(CandidateBase):

@@ -47,8 +47,12 @@ UNDERSTOOD = {
     "revision",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_rslora",
 }
+
+#: Where PEFT keeps DoRA's lengths.
+LENGTHS = ".lora_magnitude_vector"
 
 #: Kinds of adapter that fold into the base's weights.
 FOLDED = ("LORA", "IA3", "LN_TUNING", "BITFIT")
@@ -59,11 +63,15 @@ PLAIN_INITS = (True, False, "gaussian", "eva")
 
 @dataclass(frozen=True)
 class LowRank:
-    """The update of one module, scaling * B A; for embeddings A and B as PEFT names them."""
+    """The update of one module, scaling * B A; for embeddings A and B as PEFT names them.
+
+    lengths_O: of DoRA, the length that each row of the sum has, whatever B A made of it.
+    """
 
     a_RI: torch.Tensor
     b_OR: torch.Tensor
     scaling: float
+    lengths_O: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,16 @@ def read_adapter(directory: Path) -> Adapter:
     tensors = load_file(directory / "adapter_model.safetensors")
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     scales: dict[str, torch.Tensor] = {}
+    lengths: dict[str, torch.Tensor] = {}
     whole: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
             raise StageError(f"{directory}: {key} does not start with {PREFIX}; cannot be folded")
         name = key.removeprefix(PREFIX)
         module, side = split_lora_key(name)
+        if name.endswith(LENGTHS):
+            lengths[name.removesuffix(LENGTHS)] = tensor.float().flatten()
+            continue
         if side is not None:
             pairs.setdefault(module, {})[side] = tensor
         elif name.endswith(".ia3_l"):
@@ -113,7 +125,12 @@ def read_adapter(directory: Path) -> Adapter:
         else:
             whole[own_name(name)] = tensor
     updates = {
-        module: LowRank(pair["A"].float(), pair["B"].float(), scaling(module, config, pair["A"]))
+        module: LowRank(
+            pair["A"].float(),
+            pair["B"].float(),
+            scaling(module, config, pair["A"]),
+            lengths.get(module),
+        )
         for module, pair in pairs.items()
     }
     broken = sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())

@@ -28,6 +28,7 @@ class Fold:
     """A stored weight W as W + left @ right, or W * scale, rounded once.
 
     left: [rows, R]. right: [R, columns]. scale: [rows, 1] or [1, columns].
+    lengths: [rows], the length that each row of the sum is given (DoRA).
     """
 
     shard: Shard
@@ -35,6 +36,7 @@ class Fold:
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,14 @@ class Matcher:
             )
             made = Fold(shard, tensor, scale=scale)
         else:
-            left, right = factors(self.adapter.updates[module], layout)
-            shape, made = (left.shape[0], right.shape[1]), Fold(shard, tensor, left, right)
+            update = self.adapter.updates[module]
+            if update.lengths_O is not None and layout != "out_in":
+                raise StageError(
+                    f"cannot fold DoRA into {name}, whose columns are its outputs; {MERGE_OFF}"
+                )
+            left, right = factors(update, layout)
+            shape = (left.shape[0], right.shape[1])
+            made = Fold(shard, tensor, left, right, lengths=update.lengths_O)
         if shape != tensor.shape:
             raise StageError(
                 f"the adapter's update of {name} is {list(shape)}, the weight "

@@ -159,12 +159,16 @@ def fold_rows(source: int, piece: Piece, fold: Fold) -> None:
 
 
 def fold_into(weights: torch.Tensor, fold: Fold, start: int) -> None:
-    """W + left @ right, or W * scale, of the rows from `start` on, in place."""
+    """W + left @ right, or W * scale, of the rows from `start` on, in place; a piece has whole
+    rows, so that their lengths are known."""
     part, dtype = slice(start, start + len(weights)), weights.dtype
     if fold.scale is not None:
         weights.mul_((fold.scale if len(fold.scale) == 1 else fold.scale[part]).to(dtype))
     if fold.left is not None and fold.right is not None:
         weights.addmm_(fold.left[part].to(dtype), fold.right.to(dtype))
+    if fold.lengths is not None:
+        now = torch.linalg.vector_norm(weights, dim=1)
+        weights.mul_((fold.lengths[part].to(dtype) / now)[:, None])
 
 
 def copy_bytes(source: int, piece: Piece) -> None:

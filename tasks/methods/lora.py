@@ -2,9 +2,15 @@
 
 A is drawn, B is zero, so that training starts from the base exactly. For a linear layer of
 shape (out, in) it trains rank * (in + out) weights; for classification the head learns too.
+
+Of its variants: rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732), DoRA
+learns each row's length apart (Liu et al. 2024, arXiv:2402.09353), LoRA+ gives B a higher rate
+(Hayou et al. 2024, arXiv:2402.12354).
 """
 
 from __future__ import annotations
+
+import re
 
 from peft import LoraConfig
 from torch import nn
@@ -15,6 +21,8 @@ from schemas.recipe import Lora
 from tasks.methods.method import Method, adapted, head_parameters, task_settings
 from tasks.methods.targets import linear_targets
 
+PLACE = "candidates[method=lora]"
+
 
 def build(model: PreTrainedModel, candidate: Lora, task: str) -> nn.Module:
     """The model wrapped by PEFT, with A and B (and the head) in float32 and the rest frozen.
@@ -22,45 +30,77 @@ def build(model: PreTrainedModel, candidate: Lora, task: str) -> nn.Module:
     Raises:
         UserError: a target that matches no linear layer, or a rank that a target cannot have.
     """
-    targets = checked_targets(model, candidate)
+    ranks = checked_ranks(model, candidate)
     config = LoraConfig(
         **task_settings(model, task),
         r=candidate.rank,
         lora_alpha=candidate.alpha,
         lora_dropout=candidate.dropout,
-        target_modules=sorted(targets),
+        target_modules=sorted(ranks),
+        # By full name; PEFT reads each as a regular expression for the name's end.
+        rank_pattern={
+            re.escape(name): rank for name, rank in ranks.items() if rank != candidate.rank
+        },
+        use_rslora=candidate.rslora,
+        use_dora=candidate.dora,
     )
-    return adapted(model, config, "candidates[method=lora]")
+    return adapted(model, config, PLACE)
 
 
 def trainable_parameters(model: nn.Module, candidate: Lora, task: str) -> int:
-    """rank * (in + out) for every target, and the head."""
-    adapters = sum(
-        candidate.rank * (layer.in_features + layer.out_features)
-        for layer in linear_targets(model, candidate.target_modules).values()
+    """rank * (in + out) for every target, with DoRA out more for the lengths, and the head."""
+    ranks = checked_ranks(model, candidate)
+    layers = linear_targets(model, candidate.target_modules)
+    own = sum(
+        ranks[name] * (layer.in_features + layer.out_features)
+        + (layer.out_features if candidate.dora else 0)
+        for name, layer in layers.items()
     )
-    return adapters + head_parameters(model, task)
+    return own + head_parameters(model, task)
 
 
-def checked_targets(model: nn.Module, candidate: Lora) -> dict[str, nn.Linear]:
-    """The linear layers to adapt, by full name; every one of them can hold the rank."""
+def rate_of(candidate: Lora, name: str) -> float:
+    """LoRA+: what the learning rate of a weight is multiplied with."""
+    return candidate.b_rate if ".lora_B." in name else 1.0
+
+
+def checked_ranks(model: nn.Module, candidate: Lora) -> dict[str, int]:
+    """The rank of each linear layer to adapt, by full name.
+
+    Raises:
+        UserError: a name in `ranks` that is no target, or a rank that a layer is too narrow for.
+    """
     targets = linear_targets(model, candidate.target_modules)
-    smallest = min(min(layer.in_features, layer.out_features) for layer in targets.values())
-    if candidate.rank <= smallest:
-        return targets
-    narrow = [
-        name.rsplit(".", 1)[-1]
-        for name, layer in targets.items()
-        if min(layer.in_features, layer.out_features) < candidate.rank
-    ]
-    raise UserError(
-        Problem(
-            "candidates[method=lora].rank",
-            f"{candidate.rank}, but {', '.join(sorted(set(narrow)))} of this base are only "
-            f"{smallest} wide",
-            f"choose a rank of at most {smallest}, or other target_modules",
+    ranks = dict.fromkeys(targets, candidate.rank)
+    problems = []
+    for ending, rank in candidate.ranks.items():
+        chosen = [name for name in targets if f".{name}".endswith(f".{ending}")]
+        ranks.update(dict.fromkeys(chosen, rank))
+        if not chosen:
+            known = sorted({name.rsplit(".", 1)[-1] for name in targets})
+            problems.append(
+                Problem(
+                    f"{PLACE}.ranks",
+                    f"{ending} is none of the layers in target_modules",
+                    f"choose from {', '.join(known)}",
+                )
+            )
+    widths = {name: min(layer.in_features, layer.out_features) for name, layer in targets.items()}
+    narrow = [name for name in targets if ranks[name] > widths[name]]
+    if narrow:
+        smallest = min(widths[name] for name in narrow)
+        named = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in narrow}))
+        problems.append(
+            Problem(
+                f"{PLACE}.rank",
+                f"{max(ranks[name] for name in narrow)}, but {named} of this base are only "
+                f"{smallest} wide",
+                f"choose a rank of at most {smallest}, or other target_modules",
+            )
         )
-    )
+    if problems:
+        raise UserError(problems)
+    return ranks
 
 
 METHOD = Method(
@@ -73,4 +113,5 @@ METHOD = Method(
     format="peft-adapter",
     build=build,
     trainable_parameters=trainable_parameters,
+    rate_of=rate_of,
 )

@@ -38,6 +38,7 @@ class Method:
     tasks: the tasks that it can be used for.
     trained_base: whether it trains the base's own weights, which then stay in float32.
     format: what its entry holds.
+    rate_of: from a candidate and a weight's name, what its learning rate is multiplied with.
     tuner: the file that PEFT needs to load it again, where PEFT itself lacks the method; it
         travels with the adapter.
     """
@@ -51,6 +52,7 @@ class Method:
     format: Literal["peft-adapter", "transformers"]
     build: Build
     trainable_parameters: Count
+    rate_of: Callable[[Any, str], float] = lambda candidate, name: 1.0
     tuner: Path | None = None
 
 

@@ -9,7 +9,7 @@ is what a checkpoint holds.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,7 +120,7 @@ def _step(
     started = time.perf_counter()
     rate = learning_rate(job.train, state.step, job.steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["times"]
     answers = int(job.answers[rows].sum())
 
     total = torch.zeros((), device=job.accelerator.device)
@@ -144,14 +144,27 @@ def _step(
     )
 
 
-def make_optimizer(weights: dict[str, nn.Parameter], train: Train) -> torch.optim.AdamW:
-    """AdamW with its moments in float32; biases and norms do not decay."""
-    matrices = [weight for weight in weights.values() if weight.ndim >= 2]
-    vectors = [weight for weight in weights.values() if weight.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def make_optimizer(
+    weights: dict[str, nn.Parameter],
+    train: Train,
+    times: Callable[[str], float] = lambda name: 1.0,
+) -> torch.optim.AdamW:
+    """AdamW with its moments in float32; biases and norms do not decay.
+
+    times: what the schedule's rate is multiplied with for a weight of that name.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, weight in weights.items():
+        groups.setdefault((weight.ndim < 2, times(name)), []).append(weight)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=train.learning_rate, fused=True
+        [
+            {
+                "params": groups[vectors, factor],
+                "weight_decay": 0.0 if vectors else train.weight_decay,
+                "times": factor,
+            }
+            for vectors, factor in sorted(groups)
+        ],
+        lr=train.learning_rate,
+        fused=True,
     )

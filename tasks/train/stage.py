@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         raise StageError(f"{method.name} trains {trainable:,} weights, not {expected:,}")
 
     job = prepare_job(spec, rows, labels, model, pad_id)
-    optimizer = make_optimizer(weights, spec.train)
+    optimizer = make_optimizer(weights, spec.train, partial(method.rate_of, spec.candidate))
     before = digests(weights)
     state = checkpoints.restore(weights, optimizer)
     resumed_from = 0 if state is None else state.step

@@ -355,7 +355,6 @@ def test_a_whole_model_is_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"use_dora": True},
         {"init_lora_weights": "olora"},
         {"lora_bias": True},
         {"trainable_token_indices": [1, 2]},
