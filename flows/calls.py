@@ -190,6 +190,7 @@ class Calls:
             stage_version=spec.VERSION,
             format=kind,
             spec=spec.model_dump(mode="json"),
+            unkeyed=spec.UNKEYED,
             paths={name: str(path) for name, path in places.items()},
             inputs={name: entry.key for name, entry in made.items()},
             outside=outside or {},

@@ -1,8 +1,9 @@
 """What each stage is told, and the version of its algorithm.
 
-A stage is `run(spec, paths, out_dir) -> facts`. Its spec holds only what changes its result, so
-that the spec, the keys of its inputs and the hashes of outside files make the key of its entry.
-Paths travel beside the spec and are never hashed: the same rows in another place are the same.
+A stage is `run(spec, paths, out_dir) -> facts`. Its spec holds only what changes its result (and
+what `UNKEYED` names), so that the spec, the keys of its inputs and the hashes of outside files
+make the key of its entry. Paths travel beside the spec and are never hashed: the same rows in
+another place are the same.
 
 Raise a stage's VERSION when its output for the same spec changes.
 """
@@ -18,11 +19,16 @@ from schemas.recipe import Candidate, Data, Evaluate, Finish, Frozen, Task, Trai
 
 
 class Spec(Frozen):
-    """What every stage states of itself. RESUMES: a killed or starved attempt is gone on from."""
+    """What every stage states of itself.
+
+    RESUMES: a killed or starved attempt is gone on from.
+    UNKEYED: fields, by dotted name, that change how the work goes and never what it makes.
+    """
 
     STAGE: ClassVar[str]
     VERSION: ClassVar[int]
     RESUMES: ClassVar[bool] = False
+    UNKEYED: ClassVar[tuple[str, ...]] = ()
 
 
 class PrepareSpec(Spec):
@@ -60,6 +66,7 @@ class TrainSpec(Spec):
     STAGE: ClassVar[str] = "train"
     VERSION: ClassVar[int] = 3
     RESUMES: ClassVar[bool] = True
+    UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 
     task: Task
     candidate: Candidate = Field(description="Without its name and its train overrides.")
@@ -139,6 +146,19 @@ class Call(BaseModel):
     stage_version: int
     format: FileFormat
     spec: dict[str, Any]
+    unkeyed: tuple[str, ...] = ()
     paths: dict[str, str]
     inputs: dict[str, str] = Field(default_factory=dict, description="Input name: entry key.")
     outside: dict[str, str] = Field(default_factory=dict, description="Name: content hash.")
+
+
+def keyed(spec: dict[str, Any], unkeyed: tuple[str, ...]) -> dict[str, Any]:
+    """The part of a spec that decides what a stage makes."""
+    left = dict(spec)
+    for name in unkeyed:
+        first, _, rest = name.partition(".")
+        if rest:
+            left[first] = keyed(left[first], (rest,))
+        else:
+            left.pop(first, None)
+    return left

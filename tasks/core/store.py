@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from schemas.errors import DiskFullError, UserError
 from schemas.manifest import FileRecord, Manifest
-from schemas.stages import Call
+from schemas.stages import Call, keyed
 from tasks.core.files import fsync_path, sha256_file, sha256_json, write_atomic
 from tasks.core.progress import warn
 from tasks.core.provenance import Stopwatch
@@ -45,7 +45,7 @@ def key_of(call: Call) -> str:
         {
             "stage": call.stage,
             "stage_version": call.stage_version,
-            "spec": call.spec,
+            "spec": keyed(call.spec, call.unkeyed),
             "inputs": call.inputs,
             "outside": call.outside,
         }

@@ -13,7 +13,7 @@ import torch
 
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
-from schemas.stages import TrainSpec
+from schemas.stages import TrainSpec, keyed
 from tasks.core import runtime
 from tasks.core.files import sha256_file, sha256_json, write_atomic
 from tasks.core.models import load_base, read_labels
@@ -114,7 +114,8 @@ def read_rows(spec: TrainSpec, prepared: Path) -> tuple[TokenRows, list[str] | N
 
 def identity(spec: TrainSpec, prepared: Path) -> str:
     """What a checkpoint must agree with. The store's key, of which it is part, adds the base."""
-    record = [spec.model_dump(mode="json"), spec.VERSION, sha256_file(prepared / TOKENS)]
+    own = keyed(spec.model_dump(mode="json"), spec.UNKEYED)
+    record = [own, spec.VERSION, sha256_file(prepared / TOKENS)]
     return sha256_json(record)
 
 

@@ -318,3 +318,11 @@ def test_what_cannot_be_merged_is_registered_beside_its_base_and_said(place: Pat
     [registered] = [step for step in hands.made if step.call.stage == "register"]
     [trained] = [step for step in hands.made if step.title == f"train {label}"]
     assert registered.call.inputs["finished"] == key_of(trained.call)
+
+
+def test_how_often_a_checkpoint_is_written_changes_no_key_but_the_pages(place: Path) -> None:
+    """The page shows the recipe as it is."""
+    often, seldom = (keys(calls(place, train={"checkpoint_every_s": s})) for s in (1, 100))
+    assert {title for title in often if often[title] != seldom[title]} == {"report"}
+    longer = keys(calls(place, train={"checkpoint_every_s": 1, "max_steps": 9}))
+    assert longer["train full"] != often["train full"]

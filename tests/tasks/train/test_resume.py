@@ -101,6 +101,15 @@ def model_bytes(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
+def is_saving(scratch: Path) -> bool:
+    """Whether a file of a checkpoint that is not whole yet is there now."""
+    try:
+        return any(scratch.glob(".unfinished-*/*"))
+    except FileNotFoundError:
+        # It was finished, or a new attempt cleared it away, while it was looked at.
+        return False
+
+
 class Attempts:
     """Runs of one spec in one directory, each in a child that can be killed."""
 
@@ -170,7 +179,7 @@ def test_killed_at_twenty_moments_ends_in_the_same_bytes(tmp_path, paths, server
         else:
             # Wait for a save to begin and kill in the middle of it.
             deadline = time.monotonic() + 20
-            while not any(scratch.glob(".unfinished-*/*")) and time.monotonic() < deadline:
+            while not is_saving(scratch) and time.monotonic() < deadline:
                 time.sleep(0.0005)
         os.kill(child, signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL, "the run ended before it was killed"
