@@ -112,7 +112,10 @@ def wait_for_save(store: Path, child: subprocess.Popen[bytes]) -> None:
 
 
 def saving(store: Path) -> bool:
-    return any(store.glob("train/.work-*/scratch/.unfinished-*/*"))
+    try:
+        return any(store.glob("train/.work-*/scratch/.unfinished-*/*"))
+    except FileNotFoundError:  # it was finished while it was looked at
+        return False
 
 
 def newest(store: Path) -> str:
