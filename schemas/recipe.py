@@ -245,6 +245,15 @@ class Bottleneck(CandidateBase):
         None, description="The feed-forwards, by the end of the name. null: known by the base."
     )
 
+    @model_validator(mode="after")
+    def _attention_has_an_adapter(self) -> Bottleneck:
+        if self.attention_modules is not None and self.placement != "double_sequential":
+            raise ValueError(
+                "attention_modules is read by `placement: double_sequential` alone: "
+                "remove it, or change the placement"
+            )
+        return self
+
     def default_name(self) -> str:
         return f"bottleneck-{self.placement}-{self.reduction_factor}"
 

@@ -35,7 +35,15 @@ MODEL_CLASSES = {
 }
 
 #: What transformers calls the layers between a backbone and its classes.
-HEADS = ("classifier", "score", "pre_classifier", "pooler")
+HEADS = (
+    "classifier",
+    "score",
+    "pre_classifier",
+    "pooler",
+    "classification_head",
+    "sequence_summary",
+    "logits_proj",
+)
 
 
 def head_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -98,7 +106,10 @@ def load_base(
     known = tuple(f"{head}." for head in head_modules(model))
     unknown = [name for name in missing if not name.startswith(known)]
     if unknown:
-        warn(f"{base} lacks {', '.join(unknown)}: drawn at random, and trained only by `full`")
+        warn(
+            f"{base} lacks {', '.join(unknown)}: drawn at random, and trained whole by `full` "
+            "alone; choose a base that has them, or method: full"
+        )
     return model
 
 
@@ -146,7 +157,13 @@ def register_tuner(model_dir: Path) -> None:
     found: Any = importlib.util.spec_from_file_location(f"peftflow_tuner_{kind.lower()}", path)
     # Before it runs: dataclasses look their module up by name.
     sys.modules[found.name] = importlib.util.module_from_spec(found)
-    found.loader.exec_module(sys.modules[found.name])
+    try:
+        found.loader.exec_module(sys.modules[found.name])
+    except Exception as error:
+        del sys.modules[found.name]
+        raise StageError(
+            f"{path} cannot be run with the PEFT that is installed: {error}"
+        ) from error
 
 
 def load_trained(

@@ -122,12 +122,12 @@ class Store:
                 except UserError:
                     # Checkpoints of an earlier attempt stay: the input may be put right again.
                     if fresh:
-                        shutil.rmtree(work)
+                        shutil.rmtree(work, ignore_errors=True)
                     raise
                 except Exception as error:
                     # What nothing can go on from would only keep the disk full.
                     if is_full(error) and not resumes:
-                        shutil.rmtree(work)
+                        shutil.rmtree(work, ignore_errors=True)
                     raise
         return Entry(self.path(call.stage, key), read_manifest(self.path(call.stage, key)))
 

@@ -218,6 +218,10 @@ class Trainee:
 def costs_in_turns(trainees: dict[str, Trainee], batch: MicroBatch) -> dict[str, StepCost]:
     """Every method's costs; the timed steps take turns, so that noise meets all alike."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in trainees}
+    for trainee in trainees.values():
+        # As training begins: fused layers learn from a pass without gradients who shares an input.
+        with torch.no_grad(), trainee.precision():
+            loss_of(trainee.model, batch)
     with bar("training steps", ROUNDS + 1, "rounds") as progress, quiet():
         for turn in range(ROUNDS + 1):
             for name, trainee in trainees.items():

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from torch import nn
 
+from schemas.errors import UserError
 from schemas.recipe import BitFit
 from tasks.core.models import head_modules
 from tasks.methods.method import Method, adapted, head_parameters, task_settings
 from tasks.methods.tuners import bitfit
+
+PLACE = "candidates[method=bitfit]"
 
 
 def build(model: nn.Module, candidate: BitFit, task: str) -> nn.Module:
@@ -23,20 +26,30 @@ def build(model: nn.Module, candidate: BitFit, task: str) -> nn.Module:
     Raises:
         UserError: the base has no bias.
     """
-    config = bitfit.BitFitConfig(**task_settings(model, task))
-    return adapted(model, config, "candidates[method=bitfit]")
+    if own_biases(model) == 0:
+        raise UserError.at(
+            PLACE,
+            f"{type(model).__name__} has no bias outside its heads, so BitFit has nothing to train",
+            "use method: layer_norm or method: lora, which need none",
+        )
+    return adapted(model, bitfit.BitFitConfig(**task_settings(model, task)), PLACE)
 
 
 def trainable_parameters(model: nn.Module, candidate: BitFit, task: str) -> int:
     """Every bias outside the heads, and the head that the task needs anew."""
+    return own_biases(model) + head_parameters(model, task)
+
+
+def own_biases(model: nn.Module) -> int:
+    """Weights of all biases outside the heads."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     heads = tuple(f"{head}." for head in head_modules(model))
-    own = 0
+    found = 0
     for name, module in model.named_modules():
         bias = module._parameters.get("bias")
         if bias is not None and module is not output and not f"{name}.".startswith(heads):
-            own += bias.numel()
-    return own + head_parameters(model, task)
+            found += bias.numel()
+    return found
 
 
 METHOD = Method(

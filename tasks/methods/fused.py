@@ -74,7 +74,11 @@ class LoraProducts(torch.autograd.Function):
 
 class Siblings:
     """LoRA layers of one module. Those that are called with the same tensor as the first one
-    are computed together with it, from the pass on that follows the one which showed it."""
+    are computed together with it, from the pass on that follows the one which showed it.
+
+    Only a pass without gradients can show it: gradient checkpointing runs the others twice, and
+    the second time has to save what the first did.
+    """
 
     def __init__(self, layers: list[Any]) -> None:
         self.together = layers[:1]
@@ -94,7 +98,7 @@ class Siblings:
             return _outputs([layer], x)[0]
         if layer in self.ready:
             return self.ready.pop(layer)
-        if layer not in self.together:
+        if layer not in self.together and not torch.is_grad_enabled():
             self.together.append(layer)
         return _outputs([layer], x)[0]
 

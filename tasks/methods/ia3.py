@@ -7,20 +7,32 @@ classification the head learns too.
 
 from __future__ import annotations
 
+import re
+
 from peft import IA3Config
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-)
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 from torch import nn
 from transformers import PreTrainedModel
 
 from schemas.errors import UserError
 from schemas.recipe import Ia3
 from tasks.methods.method import Method, adapted, head_parameters, task_settings
-from tasks.methods.targets import linear_targets
+from tasks.methods.targets import adaptable, linear_targets
 
 PLACE = "candidates[method=ia3]"
+
+#: By kind of base: how the full names of keys and values end, and of the feed-forward's last
+#: layer. Not PEFT's table: it has queries for keys on Qwen and Gemma, and for BERT the output of
+#: attention beside the feed-forward's.
+GATED = (r"[kv]_proj", r"down_proj")
+PLAIN = (r"[kv]_proj", r"fc2")
+BERT = (r"attention\.self\.(key|value)", r"layer\.\d+\.output\.dense")
+KINDS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"), GATED),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GATED),
+    **dict.fromkeys(("opt", "phi", "bart"), PLAIN),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
+    "distilbert": (r"[kv]_lin", r"ffn\.lin2"),
+}
 
 
 def build(model: PreTrainedModel, candidate: Ia3, task: str) -> nn.Module:
@@ -50,19 +62,27 @@ def scaled(
     model: PreTrainedModel, candidate: Ia3
 ) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
     """The layers whose outputs, and those whose inputs are scaled, by full name."""
-    kind = model.config.model_type
     targets, inside = candidate.target_modules, candidate.feedforward_modules
-    if targets is None:
-        if kind not in TARGETS:
-            raise UserError.at(
-                f"{PLACE}.target_modules",
-                f"not given, and what is usual for a {kind} base is not known",
-                "name the layers of keys and values, and feedforward_modules for the last of the "
-                "feed-forward",
-            )
-        targets, inside = TARGETS[kind], FEEDFORWARD[kind]
-    inputs = linear_targets(model, list(inside)) if inside else {}
-    outputs = linear_targets(model, [name for name in targets if name not in (inside or ())])
+    if targets is None or inside is None:
+        return usual(model)
+    inputs = linear_targets(model, inside) if inside else {}
+    outputs = linear_targets(model, [name for name in targets if name not in inside])
+    return outputs, inputs
+
+
+def usual(model: PreTrainedModel) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
+    """Keys and values, and the feed-forward's last layer, where the kind of base is known."""
+    kind, layers = model.config.model_type, adaptable(model)
+    outputs, inputs = (
+        {name: layer for name, layer in layers.items() if re.search(rf"(^|\.){ending}$", name)}
+        for ending in KINDS.get(kind, ("(?!)", "(?!)"))
+    )
+    if not outputs or not inputs:
+        raise UserError.at(
+            f"{PLACE}.target_modules",
+            f"not given, and where keys, values and feed-forward of a {kind} base are is not known",
+            "name those linear layers, and in feedforward_modules the last of the feed-forward",
+        )
     return outputs, inputs
 
 
@@ -76,4 +96,6 @@ METHOD = Method(
     format="peft-adapter",
     build=build,
     trainable_parameters=trainable_parameters,
+    # A vector of ones says nothing; one that decays to zero silences what it scales.
+    decays=lambda name: ".ia3_l" not in name,
 )

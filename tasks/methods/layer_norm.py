@@ -1,7 +1,8 @@
 """Layer-norm tuning: the weights (and biases) of the norms learn, all else is frozen.
 
 Zhao et al. 2024, arXiv:2312.11420. A norm trains its own parameters; for classification the
-head learns too.
+head learns too. They learn in float32 and are rounded to the base's dtype when they are loaded
+or merged, since layers in bfloat16 take no float32 from a norm.
 """
 
 from __future__ import annotations

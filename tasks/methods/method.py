@@ -39,6 +39,8 @@ class Method:
     trained_base: whether it trains the base's own weights, which then stay in float32.
     format: what its entry holds.
     rate_of: from a candidate and a weight's name, what its learning rate is multiplied with.
+    decays: whether weight decay, where a recipe asks for it, is meant for a weight of that name;
+        biases and norms never decay.
     tuner: the file that PEFT needs to load it again, where PEFT itself lacks the method; it
         travels with the adapter.
     """
@@ -53,6 +55,7 @@ class Method:
     build: Build
     trainable_parameters: Count
     rate_of: Callable[[Any, str], float] = lambda candidate, name: 1.0
+    decays: Callable[[str], bool] = lambda name: True
     tuner: Path | None = None
 
 

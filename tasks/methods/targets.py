@@ -57,6 +57,12 @@ def _unmatched(name: str, layers: dict[str, nn.Linear]) -> Problem:
     allowed = sorted({full.rsplit(".", 1)[-1] for full in layers})
     nearest = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
+    if not allowed:
+        return Problem(
+            "candidates[].target_modules",
+            f"{name} matches no linear layer, and this base has none",
+            "use method: full",
+        )
     return Problem(
         "candidates[].target_modules",
         f"{name} matches no linear layer of this base",

@@ -163,14 +163,23 @@ def load_model(package: Path, serving: dict[str, Any]) -> Any:
 
 
 def import_tuner(path: Path) -> None:
-    """Run the file of a tuner that PEFT lacks: importing it makes it known to PEFT."""
+    """Run the file of a tuner that PEFT lacks, which makes it known to PEFT. What is loaded next
+    gets the tuner of its own version, whatever other versions this process has loaded."""
     name = f"peftflow_tuner_{sha256_file(path)[:12]}"
     if name in sys.modules:
+        sys.modules[name].register()
         return
     found: Any = importlib.util.spec_from_file_location(name, path)
     # Before it runs: dataclasses look their module up by name.
     sys.modules[name] = importlib.util.module_from_spec(found)
-    found.loader.exec_module(sys.modules[name])
+    try:
+        found.loader.exec_module(sys.modules[name])
+    except Exception as error:
+        del sys.modules[name]
+        raise RuntimeError(
+            f"{path} cannot be run with the PEFT that is installed ({error}); install the "
+            "version's own requirements"
+        ) from error
 
 
 def find_base(base: dict[str, Any]) -> Path:

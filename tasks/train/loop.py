@@ -148,22 +148,25 @@ def make_optimizer(
     weights: dict[str, nn.Parameter],
     train: Train,
     times: Callable[[str], float] = lambda name: 1.0,
+    decays: Callable[[str], bool] = lambda name: True,
 ) -> torch.optim.AdamW:
     """AdamW with its moments in float32; biases and norms do not decay.
 
     times: what the schedule's rate is multiplied with for a weight of that name.
+    decays: whether a matrix of that name does.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, weight in weights.items():
-        groups.setdefault((weight.ndim < 2, times(name)), []).append(weight)
+        kept = weight.ndim < 2 or not decays(name)
+        groups.setdefault((kept, times(name)), []).append(weight)
     return torch.optim.AdamW(
         [
             {
-                "params": groups[vectors, factor],
-                "weight_decay": 0.0 if vectors else train.weight_decay,
+                "params": groups[kept, factor],
+                "weight_decay": 0.0 if kept else train.weight_decay,
                 "times": factor,
             }
-            for vectors, factor in sorted(groups)
+            for kept, factor in sorted(groups)
         ],
         lr=train.learning_rate,
         fused=True,

@@ -86,15 +86,23 @@ def _fusible(module: nn.Module, forward: FunctionType) -> bool:
     if theirs is None or NAME not in forward.__code__.co_names or "forward" in vars(module):
         return False
     q, k = torch.linspace(-2, 3, 48).view(1, 2, 3, 8), torch.linspace(2, -1, 24).view(1, 1, 3, 8)
-    # As transformers makes them, the same angles for both halves; and then not, to tell a kind
-    # that pairs neighbours from one that pairs halves.
+    # The angles of the halves differ, to tell this kind from one that pairs neighbours.
     angle = torch.linspace(0, 9, 24).view(1, 3, 8)
+    # Some kinds cast back to the dtype of q where the angles are finer.
+    return all(
+        _same(theirs, q.to(dtype), k.to(dtype), angle) for dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def _same(
+    theirs: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, angle: torch.Tensor
+) -> bool:
     try:
         expected = theirs(q, k, angle.cos(), angle.sin())
     except (TypeError, RuntimeError):
         return False
     got = turn(theirs, q, k, angle.cos(), angle.sin())
     return len(expected) == 2 and all(
-        a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
+        a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, atol=1e-6)
         for a, b in zip(got, expected, strict=True)
     )

@@ -64,7 +64,9 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         raise StageError(f"{method.name} trains {trainable:,} weights, not {expected:,}")
 
     job = prepare_job(spec, rows, labels, model, pad_id)
-    optimizer = make_optimizer(weights, spec.train, partial(method.rate_of, spec.candidate))
+    optimizer = make_optimizer(
+        weights, spec.train, partial(method.rate_of, spec.candidate), method.decays
+    )
     before = digests(weights)
     state = checkpoints.restore(weights, optimizer)
     resumed_from = 0 if state is None else state.step

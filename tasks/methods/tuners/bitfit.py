@@ -246,11 +246,12 @@ class BitFitModel(BaseTuner):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make BitFit known to PEFT, once: a second import must not change the classes of models
-    that are there. `register_peft_method` takes only names of PEFT's own enum."""
-    PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(NAME, BitFitConfig)
-    PEFT_TYPE_TO_TUNER_MAPPING.setdefault(NAME, BitFitModel)
-    PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(NAME, PREFIX)
+    """Make BitFit known to PEFT, for what is loaded from now on: of two versions of this file in
+    one process the last one registered counts. `register_peft_method` takes only names of PEFT's
+    own enum."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[NAME] = BitFitConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[NAME] = BitFitModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[NAME] = PREFIX
 
 
 def _with_bias(module: nn.Module, bias: torch.Tensor) -> nn.Module:

@@ -13,18 +13,24 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from schemas.errors import UserError
-from schemas.recipe import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora
+from schemas.recipe import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora, Train
 from tasks.core.models import head_modules
+from tasks.methods import ia3
 from tasks.methods.method import trained
 from tasks.methods.table import METHODS, method_for
+from tasks.train.loop import make_optimizer
 
 LLAMA = LlamaConfig(
     vocab_size=64,
@@ -193,3 +199,72 @@ def test_a_base_without_linear_layers_is_refused():
 def test_an_unknown_method_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"choose from .*full.*, lora"):
         method_for("lroa", "causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("make", "outputs", "inputs"),
+    [
+        (BASES["causal-lm"], {"k_proj", "v_proj"}, {"mlp.down_proj"}),
+        (
+            lambda: Qwen3ForCausalLM(Qwen3Config(**{**LLAMA.to_diff_dict(), "head_dim": 8})),
+            {"k_proj", "v_proj"},
+            {"mlp.down_proj"},
+        ),
+        (BASES["sequence-classification"], {"self.key", "self.value"}, {".output.dense"}),
+        (lambda: DistilBertForSequenceClassification(DISTILBERT), {"k_lin", "v_lin"}, {"ffn.lin2"}),
+    ],
+)
+def test_ia3_scales_keys_values_and_what_the_feed_forward_reads(make, outputs, inputs):
+    by_output, by_input = ia3.scaled(make(), CANDIDATES["ia3"])
+    assert len(by_output) == 4
+    assert len(by_input) == 2
+    assert all(any(name.endswith(end) for end in outputs) for name in by_output)
+    assert all(any(name.endswith(end) for end in inputs) for name in by_input)
+    assert not any("attention.output" in name for name in by_input)
+
+
+def test_ia3_of_an_unknown_kind_asks_for_the_layers():
+    base = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    )
+    with pytest.raises(UserError, match=r"gpt_neox base are is not known[\s\S]*name those"):
+        METHODS["ia3"].build(base, CANDIDATES["ia3"], "causal-lm")
+    given = Ia3(
+        method="ia3",
+        target_modules=["query_key_value", "dense_4h_to_h"],
+        feedforward_modules=["dense_4h_to_h"],
+    )
+    model = METHODS["ia3"].build(base, given, "causal-lm")
+    assert sum(w.numel() for w in trained(model).values()) == 96 + 48
+
+
+def test_vectors_that_scale_do_not_decay():
+    """One is their neutral value, and a shape of [O, 1] does not make them matrices."""
+    weights = trained(METHODS["ia3"].build(BASES["causal-lm"](), CANDIDATES["ia3"], "causal-lm"))
+    settings = Train(learning_rate=0.01, weight_decay=0.1)
+    optimizer = make_optimizer(weights, settings, decays=METHODS["ia3"].decays)
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    for _ in range(10):
+        optimizer.step()
+    assert all((weight == 1).all() for weight in weights.values())
+    lora = trained(METHODS["lora"].build(BASES["causal-lm"](), CANDIDATES["lora"], "causal-lm"))
+    [group] = make_optimizer(lora, settings, decays=METHODS["lora"].decays).param_groups
+    assert group["weight_decay"] == 0.1
+
+
+def test_bitfit_on_a_base_without_biases_names_other_methods():
+    base = LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_diff_dict(), "attention_bias": False}))
+    with pytest.raises(UserError, match=r"has no bias outside[\s\S]*method: layer_norm"):
+        METHODS["bitfit"].build(base, CANDIDATES["bitfit"], "causal-lm")
+
+
+def test_names_that_a_placement_does_not_read_are_refused():
+    with pytest.raises(ValueError, match="double_sequential` alone"):
+        Bottleneck(method="bottleneck", attention_modules=["o_proj"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
-from tasks.register.served_model import BATCH_ROWS, ServedModel, conversation
+from tasks.register.served_model import BATCH_ROWS, ServedModel, conversation, import_tuner
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "recipes" / "quickstart" / "base"
@@ -69,3 +70,32 @@ def test_batches_give_each_row_its_own_logits() -> None:
         alone_C = model.logits([row])[0]
         # Sums over padded columns are taken in another order: a few float32 roundings.
         assert torch.allclose(logits_C, alone_C, atol=1e-5)
+
+
+TUNER = "NOTES = []\ndef register():\n    NOTES.append({tag!r})\nregister()\n"
+
+
+def test_a_version_loads_with_its_own_tuner_whatever_was_loaded_before(tmp_path):
+    """A, B, and A again: the last one registered is that of the version that is loaded."""
+    paths = []
+    for tag in "AB":
+        path = tmp_path / tag / "tuner.py"
+        path.parent.mkdir()
+        path.write_text(TUNER.format(tag=tag))
+        paths.append(path)
+    for path in (*paths, paths[0]):
+        import_tuner(path)
+    notes = [
+        module.NOTES
+        for name, module in sys.modules.items()
+        if name.startswith("peftflow_tuner_") and hasattr(module, "NOTES")
+    ]
+    assert sorted(notes) == [["A", "A"], ["B"]]
+
+
+def test_a_tuner_that_cannot_run_says_so_each_time(tmp_path):
+    path = tmp_path / "tuner.py"
+    path.write_text("from peft import gone\n")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"tuner\.py cannot be run .*install the"):
+            import_tuner(path)
