@@ -119,7 +119,8 @@ class TrainOverrides(Frozen):
 class CandidateBase(Frozen):
     """What every candidate has, whatever its method.
 
-    MERGES: whether `finish.merge` folds it into the base; what does not is served beside it.
+    MERGES: whether `finish.merge` folds it into the base. Of what does not, `full` is whole
+        already, and the others are served beside their base.
     """
 
     MERGES: ClassVar[bool] = True

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from torch import nn
 
-from schemas.errors import UserError
 from schemas.recipe import Bottleneck
-from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.method import Method, adapted, head_parameters, refused, task_settings
 from tasks.methods.tuners import bottleneck
 
 PLACE = "candidates[method=bottleneck]"
@@ -35,8 +34,7 @@ def trainable_parameters(model: nn.Module, candidate: Bottleneck, task: str) -> 
     try:
         widths = bottleneck.target_widths(model, config)
     except ValueError as error:
-        found, _, fix = str(error).partition("; ")
-        raise UserError.at(PLACE, found, fix) from error
+        raise refused(error, PLACE) from error
     own = bottleneck.count(widths.values(), candidate.reduction_factor)
     return own + head_parameters(model, task)
 

@@ -69,12 +69,15 @@ def adapted(model: Any, config: PeftConfig, place: str) -> nn.Module:
     try:
         tuned: nn.Module = get_peft_model(model, config)
     except ValueError as error:
-        found, _, fix = str(error).partition("; ")
-        raise UserError.at(
-            place, found, fix or "choose other modules, or another method"
-        ) from error
+        raise refused(error, place) from error
     to_float32(trained(tuned))
     return tuned
+
+
+def refused(error: ValueError, place: str) -> UserError:
+    """What PEFT, or a tuner of ours, says against a model: what was found, then the fix."""
+    found, _, fix = str(error).partition("; ")
+    return UserError.at(place, found, fix or "choose other modules, or another method")
 
 
 def task_settings(model: nn.Module, task: str) -> dict[str, Any]:

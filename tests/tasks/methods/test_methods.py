@@ -268,3 +268,11 @@ def test_bitfit_on_a_base_without_biases_names_other_methods():
 def test_names_that_a_placement_does_not_read_are_refused():
     with pytest.raises(ValueError, match="double_sequential` alone"):
         Bottleneck(method="bottleneck", attention_modules=["o_proj"])
+
+
+def test_modules_that_a_bottleneck_cannot_have_are_refused_with_those_there_are():
+    """The same words from the formula, on shapes alone, and from the build."""
+    candidate = Bottleneck(method="bottleneck", feed_forward_modules=["mpl"])
+    for act in (METHODS["bottleneck"].trainable_parameters, METHODS["bottleneck"].build):
+        with pytest.raises(UserError, match=r"bottleneck\].*'mpl'[\s\S]*fix: choose from .*mlp"):
+            act(BASES["causal-lm"](), candidate, "causal-lm")
