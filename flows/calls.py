@@ -18,10 +18,11 @@ from flows.home import Home
 from flows.hub import base_directory, sources
 from flows.machine import Dtype, resolve_dtype
 from flows.remember import FileHashes
+from schemas.candidates import Candidate, TrainOverrides
 from schemas.errors import Problem, UserError
 from schemas.load import resolve
 from schemas.manifest import FileFormat
-from schemas.recipe import Candidate, Recipe, Train, TrainOverrides
+from schemas.recipe import Recipe, Train
 from schemas.stages import (
     Call,
     EvaluateSpec,

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 
 from flows.home import Home
 from flows.records import RunRecord
-from schemas.recipe import Candidate, Recipe
+from schemas.candidates import Candidate
+from schemas.recipe import Recipe
 from schemas.report import CriteriaReport, CurvePoint
 
 if TYPE_CHECKING:

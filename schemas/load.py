@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from schemas.candidates import Candidate
 from schemas.errors import Problem, UserError
-from schemas.recipe import Candidate, Evaluate, Recipe
+from schemas.recipe import Evaluate, Recipe
 from schemas.report import TASK_METRICS, figure_names
 
 #: `org/name`: what a hub id looks like.

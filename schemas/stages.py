@@ -14,8 +14,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from schemas.candidates import Candidate
+from schemas.frozen import Frozen
 from schemas.manifest import FileFormat
-from schemas.recipe import Candidate, Data, Evaluate, Finish, Frozen, Task, Train
+from schemas.recipe import Data, Evaluate, Finish, Task, Train
 
 
 class Spec(Frozen):

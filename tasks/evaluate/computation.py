@@ -24,7 +24,8 @@ from pydantic import TypeAdapter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from schemas.recipe import Candidate, Full, Train
+from schemas.candidates import Candidate, Full
+from schemas.recipe import Train
 from schemas.report import Computation, CurvePoint
 from tasks.core import runtime
 from tasks.core.progress import bar, warn

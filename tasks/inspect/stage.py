@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from schemas.candidates import Candidate
 from schemas.errors import Problem, UserError
-from schemas.recipe import Candidate
 from schemas.stages import InspectSpec
 from tasks.core.models import MODEL_CLASSES, load_config
 from tasks.methods.method import count_parameters, trained

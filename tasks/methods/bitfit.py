@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
+from schemas.candidates import BitFit
 from schemas.errors import UserError
-from schemas.recipe import BitFit
 from tasks.core.models import head_modules
 from tasks.methods.method import Method, adapted, head_parameters, task_settings
 from tasks.methods.tuners import bitfit

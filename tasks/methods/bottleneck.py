@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from schemas.recipe import Bottleneck
+from schemas.candidates import Bottleneck
 from tasks.methods.method import Method, adapted, head_parameters, refused, task_settings
 from tasks.methods.tuners import bottleneck
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from schemas.recipe import Full
+from schemas.candidates import Full
 from tasks.methods.method import Method, count_parameters, to_float32, trained
 
 

@@ -13,8 +13,8 @@ from peft import IA3Config
 from torch import nn
 from transformers import PreTrainedModel
 
+from schemas.candidates import Ia3
 from schemas.errors import UserError
-from schemas.recipe import Ia3
 from tasks.methods.method import Method, adapted, head_parameters, task_settings
 from tasks.methods.targets import adaptable, linear_targets
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from peft import LNTuningConfig
 from torch import nn
 
+from schemas.candidates import LayerNorm
 from schemas.errors import UserError
-from schemas.recipe import LayerNorm
 from tasks.core.models import head_modules
 from tasks.methods.method import Method, adapted, count_parameters, head_parameters, task_settings
 

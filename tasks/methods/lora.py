@@ -16,8 +16,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
+from schemas.candidates import Lora
 from schemas.errors import Problem, UserError
-from schemas.recipe import Lora
 from tasks.methods.method import Method, adapted, head_parameters, task_settings
 from tasks.methods.targets import linear_targets
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from schemas.candidates import Lora
 from schemas.errors import UserError
 from schemas.load import load_recipe, recipe_json_schema
-from schemas.recipe import Lora, holds
+from schemas.recipe import holds
 
 ROOT = Path(__file__).parents[2]
 

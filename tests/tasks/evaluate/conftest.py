@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from schemas.recipe import Evaluate, Lora, Train
+from schemas.candidates import Lora
+from schemas.recipe import Evaluate, Train
 from schemas.report import CurvePoint
 from schemas.stages import Call, EvaluateSpec
 from tasks.core.models import load_base

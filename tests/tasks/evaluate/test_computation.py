@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from schemas.recipe import Full, Lora
+from schemas.candidates import Full, Lora
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import computation
 from tasks.evaluate.computation import backward_flops, forward_flops, micro_batch

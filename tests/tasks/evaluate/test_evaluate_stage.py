@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas.candidates import Full
 from schemas.errors import StageError
-from schemas.recipe import Full
 from schemas.report import CriteriaReport, figure_names
 from schemas.stages import Call
 from tasks.core.store import Store, read_manifest

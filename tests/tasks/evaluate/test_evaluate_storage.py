@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from schemas.recipe import Full
+from schemas.candidates import Full
 from tasks.evaluate import storage
 from tasks.evaluate.subject import read_subject
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas.candidates import Full, Lora
 from schemas.errors import UserError
-from schemas.recipe import Full, Lora
 from schemas.stages import InspectSpec
 from tasks.inspect.stage import run
 

@@ -10,8 +10,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas.candidates import Lora
 from schemas.errors import UserError
-from schemas.recipe import Lora, Train
+from schemas.recipe import Train
 from tasks.methods.lora import METHOD
 from tasks.methods.method import trained
 from tasks.train.loop import make_optimizer

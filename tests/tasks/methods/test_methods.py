@@ -24,8 +24,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from schemas.candidates import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora
 from schemas.errors import UserError
-from schemas.recipe import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora, Train
+from schemas.recipe import Train
 from tasks.core.models import head_modules
 from tasks.methods import ia3
 from tasks.methods.method import trained

@@ -1,0 +1,172 @@
+"""Candidates: what a recipe says of each tuning method, a class with its hyper-parameters for each.
+
+`tasks/methods/` has a file for each that builds it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.frozen import NAME, Frozen
+
+
+class TrainOverrides(Frozen):
+    """What one candidate does differently from the recipe's `train`."""
+
+    epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    batch_tokens: int | None = Field(None, ge=1)
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+
+
+class CandidateBase(Frozen):
+    """What every candidate has, whatever its method.
+
+    MERGES: whether `finish.merge` folds it into the base. Of what does not, `full` is whole
+        already, and the others are served beside their base.
+    """
+
+    MERGES: ClassVar[bool] = True
+
+    name: str | None = Field(None, pattern=NAME, description="Shown in tables; unique.")
+    train: TrainOverrides = Field(default_factory=TrainOverrides)
+
+    method: str
+
+    @property
+    def label(self) -> str:
+        return self.name or self.default_name()
+
+    def default_name(self) -> str:
+        return self.method
+
+
+class Full(CandidateBase):
+    """Every weight of the base is trained."""
+
+    MERGES: ClassVar[bool] = False
+
+    method: Literal["full"]
+
+
+class Lora(CandidateBase):
+    """Low-rank adaptation, W + (alpha / rank) B A. Hu et al. 2021, arXiv:2106.09685."""
+
+    method: Literal["lora"]
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Linear layers by the last part of their name, e.g. [q_proj, v_proj].",
+    )
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Other ranks for some of them, by the last part of their name, e.g. "
+        "{down_proj: 32}.",
+    )
+    rslora: bool = Field(
+        False,
+        description="Scale by alpha / sqrt(rank), which keeps high ranks learning. "
+        "Kalajdzievski 2023, arXiv:2312.03732.",
+    )
+    dora: bool = Field(
+        False,
+        description="Learn the length of each row of W apart from its direction. "
+        "Liu et al. 2024, arXiv:2402.09353.",
+    )
+    b_rate: float = Field(
+        1.0,
+        gt=0,
+        description="LoRA+: B learns at this many times the rate of A, e.g. 16. "
+        "Hayou et al. 2024, arXiv:2402.12354.",
+    )
+
+    def default_name(self) -> str:
+        kinds = {"rs": self.rslora, "dora": self.dora, "plus": self.b_rate != 1}
+        return "-".join(["lora", f"r{self.rank}", *(kind for kind, on in kinds.items() if on)])
+
+
+class Ia3(CandidateBase):
+    """IA3: keys, values and what the feed-forward reads, each scaled by a learned vector.
+
+    Liu et al. 2022, arXiv:2205.05638.
+    """
+
+    method: Literal["ia3"]
+    target_modules: list[str] | None = Field(
+        None,
+        description="Linear layers by the last part of their name. null: those that are usual "
+        "for the base's kind.",
+    )
+    feedforward_modules: list[str] | None = Field(
+        None, description="Those of target_modules that are scaled where they read."
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Ia3:
+        targets, inside = self.target_modules, self.feedforward_modules
+        if (targets is None) != (inside is None):
+            raise ValueError("give both `target_modules` and `feedforward_modules`, or neither")
+        if extra := sorted(set(inside or ()) - set(targets or ())):
+            raise ValueError(f"feedforward_modules has {extra[0]}, which target_modules has not")
+        return self
+
+
+class LayerNorm(CandidateBase):
+    """The weights (and biases) of the norms alone. Zhao et al. 2024, arXiv:2312.11420."""
+
+    method: Literal["layer_norm"]
+
+
+class BitFit(CandidateBase):
+    """The model's own biases and nothing else. Ben Zaken et al. 2022, arXiv:2106.10199."""
+
+    method: Literal["bitfit"]
+
+
+class Bottleneck(CandidateBase):
+    """Adapters of two small layers with a nonlinearity between, inside every block.
+
+    Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247; beside the
+    feed-forward: He et al. 2022, arXiv:2110.04366.
+    """
+
+    MERGES: ClassVar[bool] = False
+
+    method: Literal["bottleneck"]
+    placement: Literal["double_sequential", "sequential", "parallel"] = Field(
+        "sequential",
+        description="After attention and feed-forward, after the feed-forward alone, or beside it.",
+    )
+    reduction_factor: int = Field(16, ge=1, description="Hidden width over the adapter's.")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    scaling: float = Field(1.0, gt=0, description="Of what the adapter adds.")
+    attention_modules: list[str] | None = Field(
+        None, description="Where attention ends, by the end of the name. null: known by the base."
+    )
+    feed_forward_modules: list[str] | None = Field(
+        None, description="The feed-forwards, by the end of the name. null: known by the base."
+    )
+
+    @model_validator(mode="after")
+    def _attention_has_an_adapter(self) -> Bottleneck:
+        if self.attention_modules is not None and self.placement != "double_sequential":
+            raise ValueError(
+                "attention_modules is read by `placement: double_sequential` alone: "
+                "remove it, or change the placement"
+            )
+        return self
+
+    def default_name(self) -> str:
+        return f"bottleneck-{self.placement}-{self.reduction_factor}"
+
+
+Candidate = Annotated[
+    Full | Lora | Ia3 | LayerNorm | BitFit | Bottleneck,
+    Field(discriminator="method"),
+]
