@@ -7,7 +7,7 @@ does not read the learning rate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,14 @@ from flows.hub import base_directory, sources
 from flows.machine import Dtype, resolve_dtype
 from flows.remember import FileHashes
 from schemas.candidates import Candidate, TrainOverrides
-from schemas.errors import Problem, UserError
+from schemas.errors import Problem, StageError, UserError
 from schemas.load import resolve
 from schemas.manifest import FileFormat
-from schemas.recipe import Recipe, Train
+from schemas.recipe import Evaluate, HoldOut, Recipe, Search, Train
+from schemas.report import TASK_METRICS, Trial
 from schemas.stages import (
     Call,
+    CompareSpec,
     EvaluateSpec,
     InspectSpec,
     MergeSpec,
@@ -35,6 +37,7 @@ from schemas.stages import (
     TrainSpec,
 )
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
+from tasks.core.store import read_manifest
 
 
 class Made(Protocol):
@@ -49,14 +52,41 @@ class Made(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """A call and whom it is about: a candidate's label, `base`, `finished`, or nobody."""
+    """A call and whom it is about: a candidate's label, `base`, `finished`, or nobody.
+
+    seed: where the recipe has several. trial: the learning rate that a search tries.
+    """
 
     call: Call
     label: str = ""
+    seed: int | None = None
+    trial: float | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.call.stage} {self.label}".strip()
+        """Stage, subject, and what tells it from others of the same: `train lora seed 1`."""
+        words = [self.call.stage, self.label]
+        if self.trial is not None:
+            words.append(f"at rate {self.trial:.3g}")
+        elif self.seed is not None:
+            words.append(f"seed {self.seed}")
+        return " ".join(filter(None, words))
+
+
+class NotYetError(StageError):
+    """What is asked for next is still to be made."""
+
+
+def figures_of(made: Made) -> dict[str, float]:
+    """The flat figures of an evaluation.
+
+    Raises:
+        NotYetError: it is still to be made.
+    """
+    try:
+        return dict(read_manifest(made.path).facts["figures"])
+    except FileNotFoundError:
+        raise NotYetError(f"{made.path} is not there") from None
 
 
 class Calls:
@@ -80,26 +110,51 @@ class Calls:
         outside = {"base": self._hashes.of_files([self.base / "config.json"])}
         return self._step(spec, "report", paths=self._with_base, outside=outside)
 
-    def prepare(self) -> Step:
+    def prepare(self, holdout: float | None = None) -> Step:
+        """The recipe's rows; with `holdout`, its train rows alone, cut in two for a search."""
         data = self.recipe.data
+        label = ""
+        if holdout is not None:
+            taken = data.test.holdout if isinstance(data.test, HoldOut) else 0.0
+            share = HoldOut(holdout=holdout, after=taken)
+            data = data.model_copy(update={"test": share, "retention": None, "test_rows": None})
+            label = "for the search"
         paths = {"base": self.base}
         outside = {"base": self._hashes.of_files(tokenizer_files(self.base))}
         renamed: dict[str, Any] = {}
-        for split, source in sources(self.recipe).items():
+        for split, source in sources(data).items():
             if source.path.startswith("hub:"):
                 continue
             paths[split] = resolve(source.path, self._path)
             outside[split] = self._hashes.of_file(paths[split])
             renamed[split] = source.model_copy(update={"path": paths[split].name})
         spec = PrepareSpec(task=self.recipe.task, data=data.model_copy(update=renamed))
-        return self._step(spec, "rows", paths=paths, outside=outside)
+        return self._step(spec, "rows", paths=paths, outside=outside, label=label)
 
-    def train(self, candidate: Candidate, rows: Made) -> Step:
-        plain = candidate.model_copy(update={"name": None, "train": TrainOverrides()})
+    def train(self, candidate: Candidate, rows: Made, seed: int | None = None) -> Step:
+        """seed: None for the only one."""
+        schedule = self.recipe.train.for_candidate(candidate.train)
+        schedule = schedule.model_copy(
+            update={"seed": self.recipe.all_seeds[0] if seed is None else seed}
+        )
+        return replace(self._train(candidate, rows, schedule), seed=seed)
+
+    def trial(self, candidate: Candidate, rows: Made, search: Search, rate: float) -> Step:
+        """A shorter training at another rate."""
+        schedule = self.recipe.train.for_candidate(candidate.train)
+        length: dict[str, Any] = {"epochs": schedule.epochs * search.share}
+        if schedule.max_steps is not None:
+            length["max_steps"] = max(1, round(schedule.max_steps * search.share))
+        schedule = schedule.model_copy(
+            update={**length, "learning_rate": rate, "seed": search.seed}
+        )
+        return replace(self._train(candidate, rows, schedule), trial=rate)
+
+    def _train(self, candidate: Candidate, rows: Made, schedule: Train) -> Step:
         spec = TrainSpec(
             task=self.recipe.task,
-            candidate=plain,
-            train=self.recipe.train.for_candidate(candidate.train),
+            candidate=candidate.model_copy(update={"name": None, "train": TrainOverrides()}),
+            train=schedule,
             dtype=self.dtype,
         )
         kind: FileFormat = "transformers" if candidate.method == "full" else "peft-adapter"
@@ -128,6 +183,54 @@ class Calls:
         inputs = {"prepared": rows} | ({"subject": subject} if subject else {})
         return self._step(spec, "report", inputs, self._with_base, self._weights, label)
 
+    def score(self, like: Step, rows: Made, trained: Made) -> Step:
+        """The accuracy alone of what the step `like` trained."""
+        evaluate = self.recipe.evaluate
+        spec = EvaluateSpec(
+            task=self.recipe.task,
+            subject="candidate",
+            evaluate=Evaluate(
+                max_new_tokens=evaluate.max_new_tokens,
+                generate_rows=evaluate.generate_rows,
+                bootstrap=evaluate.bootstrap,
+            ),
+            train=Train(),
+            dtype=self.dtype,
+            accuracy_only=True,
+        )
+        inputs = {"prepared": rows, "subject": trained}
+        step = self._step(spec, "report", inputs, self._with_base, self._weights, like.label)
+        return replace(step, seed=like.seed, trial=like.trial)
+
+    def compare(self, evaluated: dict[str, dict[int, Made]]) -> Step:
+        """evaluated: label, seed: the evaluation."""
+        spec = CompareSpec(
+            labels=list(evaluated),
+            seeds=self.recipe.all_seeds,
+            metric=self.metric,
+            more_is_better=self.more_is_better,
+            resamples=self.recipe.evaluate.bootstrap,
+        )
+        inputs = {
+            f"{label}/{seed}": entry
+            for label, seeds in evaluated.items()
+            for seed, entry in seeds.items()
+        }
+        return self._step(spec, "report", inputs)
+
+    @property
+    def metric(self) -> str:
+        """By which candidates are told apart and rates are chosen: the goal of `select` where
+        that is a metric, else the task's first."""
+        metrics = TASK_METRICS[self.recipe.task]
+        select = self.recipe.select
+        goal = select.maximize or select.minimize
+        return goal if goal in metrics else next(iter(metrics))
+
+    @property
+    def more_is_better(self) -> bool:
+        return TASK_METRICS[self.recipe.task][self.metric]
+
     def merge(self, label: str, rows: Made, trained: Made) -> Step:
         """Of the rows a classifier needs its labels, and a causal model nothing."""
         spec = MergeSpec(finish=self.recipe.finish)
@@ -150,15 +253,24 @@ class Calls:
         paths = self._with_base | {"page": page.path}
         return self._step(spec, "registration", inputs, paths, self._weights)
 
-    def page(self, inputs: dict[str, Made], selected: str, why: str) -> Step:
+    def page(
+        self,
+        inputs: dict[str, Made],
+        selected: str,
+        why: str,
+        failed: dict[str, str],
+        searched: dict[str, list[Trial]],
+    ) -> Step:
         select = self.recipe.select
         tree = self.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
         spec = PageSpec(
             recipe_name=self.recipe.name,
             recipe_yaml=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
-            labels=[candidate.label for candidate in self.recipe.candidates],
+            labels=[name.removeprefix("train:") for name in inputs if name.startswith("train:")],
             selected=selected,
             why=why,
+            failed=failed,
+            searched=searched,
             goal=select.maximize or select.minimize or "",
         )
         return self._step(spec, "page", inputs)
@@ -220,7 +332,7 @@ def check_sources(recipe: Recipe, recipe_path: Path) -> None:
             f"{source.path} has no `revision`",
             "pin the commit of the data set: 40 hexadecimal digits",
         )
-        for split, source in sources(recipe).items()
+        for split, source in sources(recipe.data).items()
         if source.path.startswith("hub:") and not source.revision
     ]
     if problems:

@@ -39,6 +39,15 @@ HomeOption = Annotated[
     typer.Option("--home", metavar="DIR", help="Default: PEFTFLOW_HOME, else ./.peftflow"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object, last on stdout.")]
+JobsOption = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        min=1,
+        help="Trainings side by side, each with a share of the cores, or a GPU of its own. "
+        "Training times are then those of a shared machine; all that measures time runs alone.",
+    ),
+]
 WhyOption = Annotated[str, typer.Option("--why", help="Kept in the ledger.")]
 
 #: A command's own work, which gives its exit code.
@@ -50,6 +59,7 @@ def run(
     recipe: RecipeArgument,
     set_: SetOption = None,
     home: HomeOption = None,
+    jobs: JobsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe to its end: data, candidates, comparison, registered model, promotion."""
@@ -57,7 +67,7 @@ def run(
     from flows.tables import last_line, outcome
 
     def work(screen: Screen, place: Home) -> int:
-        record = run_recipe(recipe, set_ or [], place, screen)
+        record = run_recipe(recipe, set_ or [], place, screen, jobs)
         screen.console.print(outcome(record), highlight=False)
         screen.console.print(last_line(record), highlight=False)
         if as_json:

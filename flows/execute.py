@@ -34,12 +34,13 @@ def run_stage(
     on_event: Callable[[Event], None],
     *,
     offline: bool = True,
+    slot: dict[str, str] | None = None,
     package: str = "tasks",
 ) -> Entry:
     """Make the entry of `call` in a process of its own: `python -m <package>.<stage>`.
 
     Events of kind progress, note and warning go to `on_event` as they come. The child's standard
-    error is kept in the home's `logs/`.
+    error is kept in the home's `logs/`. slot: variables that give it a share of the machine.
 
     Raises:
         UserError: the stage found the input wrong.
@@ -53,7 +54,7 @@ def run_stage(
         # -P: a directory named `tasks` where the user stands must not be taken for ours.
         command = [sys.executable, "-P", "-m", f"{package}.{call.stage}", file.name]
         command += ["--store", str(home.store)]
-        environment = home.environment(offline=offline) | {"PEFTFLOW_EVENTS": "1"}
+        environment = home.environment(offline=offline) | (slot or {}) | {"PEFTFLOW_EVENTS": "1"}
         with log.open("wb") as errors, bound(command, environment, errors) as child:
             last = _relay(child, on_event)
             code = child.wait()

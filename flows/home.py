@@ -63,6 +63,10 @@ class Home:
         return self.root / "logs"
 
     @property
+    def diverged(self) -> Path:
+        return self.cache / "diverged.json"
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache"
 

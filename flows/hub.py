@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from schemas.errors import UserError
 from schemas.load import is_hub_id, resolve
-from schemas.recipe import Recipe, Source
+from schemas.recipe import Data, Recipe, Source
 
 #: What a base may be made of. Pickles (`.bin`, `.pt`) are not even fetched.
 WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors"]
@@ -77,13 +77,13 @@ def offline(recipe: Recipe) -> bool:
 
     Out of reach, rows that were fetched before are still found, and others missed at once.
     """
-    needed = any(source.path.startswith("hub:") for source in sources(recipe).values())
+    needed = any(source.path.startswith("hub:") for source in sources(recipe.data).values())
     return not (needed and reachable())
 
 
-def sources(recipe: Recipe) -> dict[str, Source]:
-    """The recipe's row sources by split. A hold-out is none: it is a share of train."""
-    given = {"train": recipe.data.train, "test": recipe.data.test}
-    if recipe.data.retention is not None:
-        given["retention"] = recipe.data.retention
+def sources(data: Data) -> dict[str, Source]:
+    """A recipe's row sources by split. A hold-out is none: it is a share of train."""
+    given = {"train": data.train, "test": data.test}
+    if data.retention is not None:
+        given["retention"] = data.retention
     return {name: source for name, source in given.items() if isinstance(source, Source)}

@@ -7,11 +7,12 @@ prefect deploy --prefect-file infra/prefect.yaml --all     on a schedule, by a w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 from prefect import Task, flow, get_client, get_run_logger
@@ -22,6 +23,7 @@ from prefect.states import Completed, Crashed, Failed
 
 from flows.calls import Calls, Step
 from flows.execute import Event
+from flows.fan_out import fan_out
 from flows.home import Home
 from flows.hub import offline
 from flows.records import RunRecord, StageLine, dead_runs, new_run_id, now
@@ -59,8 +61,13 @@ def recipe_stem() -> str:
 
 
 @flow(name="peftflow", flow_run_name=recipe_stem)
-def pipeline(recipe: str, overrides: list[str] | None = None, home: str | None = None) -> Any:
+def pipeline(
+    recipe: str, overrides: list[str] | None = None, home: str | None = None, jobs: int = 1
+) -> Any:
     """Run a recipe to its end. Paths are relative to the working directory.
+
+    jobs: trainings side by side, each with its share of the cores and a GPU of its own where
+    there are some.
 
     The flow run is Failed, by the name of GateRefused, when the finished model does not pass.
     """
@@ -81,7 +88,7 @@ def pipeline(recipe: str, overrides: list[str] | None = None, home: str | None =
     with recorded(record, place, loaded) as tracker:
         calls = Calls(loaded, path, place)
         bench = Bench(place, listener, offline=offline(loaded))
-        outcome = story(calls, Working(bench, calls, record, tracker))
+        outcome = story(calls, Working(bench, calls, record, tracker, jobs))
         finish(record, outcome, place)
     if record.state == "refused":
         return Failed(name="GateRefused", message="the finished model does not pass the gate")
@@ -91,21 +98,35 @@ def pipeline(recipe: str, overrides: list[str] | None = None, home: str | None =
 class Working:
     """Hands that make what is missing, each step a Prefect task."""
 
-    def __init__(self, bench: Bench, calls: Calls, record: RunRecord, tracker: Tracker) -> None:
+    def __init__(
+        self, bench: Bench, calls: Calls, record: RunRecord, tracker: Tracker, jobs: int
+    ) -> None:
         self._bench, self._record, self._tracker = bench, record, tracker
-        self._calls = calls
-        self._candidates = {candidate.label: candidate for candidate in calls.recipe.candidates}
+        self._calls, self._jobs = calls, jobs
+        self._lock = Lock()
+        self.failed: dict[str, str] = record.failed
 
     def make(self, step: Step) -> Entry:
         entry = run_task(step.call.stage, step.title, lambda: self._make(step))
         stage = step.call.stage
+        if step.trial is not None:
+            return entry
         if stage == "train":
-            self._tracker.trained(self._candidates[step.label], entry.path)
+            self._tracker.trained(step, entry)
         elif stage == "evaluate":
-            self._tracker.evaluated(step.label, entry.key, entry.path)
+            self._tracker.evaluated(step, entry)
         elif stage == "report":
             self._tracker.reported(entry.path / "report.html")
         return entry
+
+    def each(self, works: Mapping[str, Callable[[], T]], *, alone: bool = False) -> dict[str, T]:
+        return fan_out(works, 1 if alone else self._jobs, self._fail)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        """Said at once, kept in the record, and in MLflow's run of that candidate."""
+        self.failed[name] = str(error)
+        get_run_logger().warning("%s failed and is left out: %s", name, error)
+        self._tracker.failed(name, str(error))
 
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         if not (self._calls.recipe.register_.promote and verdict.passed):
@@ -117,8 +138,9 @@ class Working:
 
     def _make(self, step: Step) -> State[Entry]:
         entry, line = self._bench.make(step)
-        self._record.stages.append(line)
-        self._record.save(self._bench.home)
+        with self._lock:
+            self._record.stages.append(line)
+            self._record.save(self._bench.home)
         return Completed(name="Cached" if line.cached else "Made", message=line.key, data=entry)
 
     def _promote(self, registration: Registration) -> bool:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from flows.calls import Calls, Made, Step
+from flows.calls import Calls, Made, NotYetError, Step
 from flows.home import Home
-from flows.story import NotYetError, Outcome, story
+from flows.remember import Diverged
+from flows.story import Outcome, story
+from schemas.errors import DivergedError, StageError
 from schemas.report import GateVerdict, Registration
 from tasks.core.store import Entry, Store, key_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,21 @@ class Looking:
     """Hands that only find: the first entry that is missing ends the story."""
 
     def __init__(self, home: Home, is_promoted: Callable[[Registration], bool], asked: bool):
-        self._store = Store(home.store)
+        self._store, self._diverged = Store(home.store), Diverged(home.diverged)
+        self.failed: dict[str, str] = {}
         self._is_promoted, self._asked = is_promoted, asked
         self.found: list[Found] = []
 
     def make(self, step: Step) -> Entry:
         entry = self._store.find(step.call)
         if entry is None:
+            self._diverged.check(key_of(step.call))
             raise NotYetError(step.title)
         self.found.append(Found(step, entry.key, True, entry.manifest.provenance.seconds))
         return entry
+
+    def each(self, works: Mapping[str, Callable[[], T]], *, alone: bool = False) -> dict[str, T]:
+        return {label: work() for label, work in works.items()}
 
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         if not (self._asked and verdict.passed):
@@ -60,6 +71,7 @@ class Listing:
 
     home: Home
     steps: list[Found] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def make(self, step: Step) -> Made:
         store, key = Store(self.home.store), key_of(step.call)
@@ -67,8 +79,17 @@ class Listing:
         if entry is not None:
             self.steps.append(Found(step, key, True, entry.manifest.provenance.seconds))
             return entry
+        Diverged(self.home.diverged).check(key)
         self.steps.append(Found(step, key, False))
         return Pending(key, store.path(step.call.stage, key))
+
+    def each(self, works: Mapping[str, Callable[[], T]], *, alone: bool = False) -> dict[str, T]:
+        """What cannot be told yet is left out: a rate that is still searched."""
+        known: dict[str, T] = {}
+        for label, work in works.items():
+            with suppress(StageError):
+                known[label] = work()
+        return known
 
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         return False
@@ -81,7 +102,7 @@ def already_done(
     hands = Looking(calls.home, is_promoted, calls.recipe.register_.promote)
     try:
         return story(calls, hands), hands.found
-    except NotYetError:
+    except (NotYetError, DivergedError):
         return None
 
 
@@ -90,12 +111,12 @@ def planned(calls: Calls) -> tuple[list[Found], list[str]]:
     hands = Listing(calls.home)
     try:
         story(calls, hands)
-    except NotYetError:
+    except StageError:
         pass
     else:
         return hands.steps, []
     known = {found.step.title for found in hands.steps}
-    after = ["evaluate finished", "report", "register"]
+    after = ["compare", "evaluate finished", "report", "register"]
     if calls.recipe.finish.merge:
-        after.insert(0, "merge")
+        after.insert(1, "merge")
     return hands.steps, [name for name in after if name not in known]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flows.home import Home
 from flows.processes import Process
-from schemas.report import CriteriaReport, GateVerdict, Registration
+from schemas.report import CriteriaReport, GateVerdict, Registration, Trial
 from tasks.core.files import write_atomic
 
 State = Literal["running", "done", "failed", "wrong-input", "refused", "crashed"]
@@ -54,6 +54,19 @@ class Subject(BaseModel):
         return cls(label=label, figures=report.figures(), **criteria)
 
 
+class Told(BaseModel):
+    """A candidate beside the best one. p: corrected for the number of candidates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    apart: bool
+
+
 class RunRecord(BaseModel):
     """A pipeline run from its start on; what is not known yet is null."""
 
@@ -72,6 +85,11 @@ class RunRecord(BaseModel):
     base: Subject | None = None
     candidates: list[Subject] = Field(default_factory=list)
     finished: Subject | None = None
+    seeds: list[int] = Field(default_factory=list)
+    best: str | None = None
+    against_best: list[Told] = Field(default_factory=list)
+    searched: dict[str, list[Trial]] = Field(default_factory=dict)
+    failed: dict[str, str] = Field(default_factory=dict)
     selected: str | None = None
     why: str | None = None
     registered: Registration | None = None

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from schemas.errors import DivergedError
 from tasks.core.files import sha256_file, sha256_json, write_atomic
 
 #: A file changed this recently may change again within the resolution of its time stamp.
@@ -29,6 +30,21 @@ class Memory:
     def put(self, key: str, value: Any) -> None:
         self._known[key] = value
         write_atomic(self._path, json.dumps(self._known, indent=0))
+
+
+class Diverged:
+    """Trainings that diverged, by key: they would again, and need not be tried to know it."""
+
+    def __init__(self, path: Path) -> None:
+        self._memory = Memory(path)
+
+    def check(self, key: str) -> None:
+        """Raise the DivergedError that a training of this key ended with."""
+        if (message := self._memory.get(key)) is not None:
+            raise DivergedError(message)
+
+    def put(self, key: str, error: DivergedError) -> None:
+        self._memory.put(key, str(error))
 
 
 class FileHashes:

@@ -28,8 +28,12 @@ PREFECT_CLIENT = {
 }
 
 
-def run(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -> RunRecord:
+def run(
+    recipe_path: Path, overrides: list[str], home: Home, screen: Screen, jobs: int = 1
+) -> RunRecord:
     """Run a recipe to its end; what a run finds done already it leaves as it is.
+
+    jobs: trainings side by side.
 
     Raises:
         UserError: the recipe, the data, the base or the home is wrong.
@@ -41,7 +45,7 @@ def run(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -> 
         calls = Calls(recipe, recipe_path, home)
         done = already_done(calls, lambda version: was_promoted(home, version))
     if done is None:
-        return run_flow(recipe_path, overrides, home, screen)
+        return run_flow(recipe_path, overrides, home, screen, jobs)
     outcome, found = done
     run_id = new_run_id(recipe.name)
     record = RunRecord(run_id=run_id, recipe=str(recipe_path), name=recipe.name, all_cached=True)
@@ -61,7 +65,9 @@ def run(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -> 
     return record
 
 
-def run_flow(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -> RunRecord:
+def run_flow(
+    recipe_path: Path, overrides: list[str], home: Home, screen: Screen, jobs: int
+) -> RunRecord:
     """The Prefect flow in this process, reported to a server that is up at least until the end."""
     with prefect_api(home) as api:
         os.environ |= home.environment(offline=False) | PREFECT_CLIENT
@@ -75,7 +81,7 @@ def run_flow(recipe_path: Path, overrides: list[str], home: Home, screen: Screen
         session = Session(screen)
         SESSION.set(session)
         try:
-            ended = pipeline(str(recipe_path), overrides, str(home.root), return_state=True)
+            ended = pipeline(str(recipe_path), overrides, str(home.root), jobs, return_state=True)
         finally:
             flush()
     if session.record is None or session.record.state not in ("done", "refused"):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 
 from rich.console import Console
 from rich.progress import (
@@ -39,17 +40,29 @@ def console(stderr: bool) -> Console:
 
 
 class Screen:
-    """A listener that prints. Bars appear on a terminal only; elsewhere a line for each event."""
+    """A listener that prints. Bars appear on a terminal only; elsewhere a line for each event.
+
+    Several steps may be under way at once, each told by a thread of its own.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._lock = RLock()
         self._progress: Progress | None = None
-        self._bars: dict[str, TaskID] = {}
+        #: Title of a step: label of a bar: the bar. "" is the step's own.
+        self._bars: dict[str, dict[str, TaskID]] = {}
 
     def begin(self, step: Step) -> None:
         if not self.console.is_terminal:
             return
-        self._progress = Progress(
+        with self._lock:
+            if self._progress is None:
+                self._progress = self._started()
+            bar = self._progress.add_task(step.title, total=None, unit="", figures="")
+            self._bars[step.title] = {"": bar}
+
+    def _started(self) -> Progress:
+        progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -60,22 +73,20 @@ class Screen:
             console=self.console,
             transient=True,
         )
-        self._progress.start()
-        self._bars[""] = self._progress.add_task(step.title, total=None, unit="", figures="")
+        progress.start()
+        return progress
 
     def event(self, step: Step, event: Event) -> None:
         kind = event["event"]
         if kind == "progress":
-            self._advance(event)
+            self._advance(step, event)
         elif kind == "warning":
             self.line(f"  warning, {step.title}: {event['message']}", style="yellow")
         elif step.call.stage != "prepare":  # whose report is shown, cached or not, at its end
             self.line(f"  {step.title}: {event['message']}")
 
     def end(self, step: Step, line: StageLine | None, entry: Entry | None) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress, self._bars = None, {}
+        self._clear(step)
         if line is None or entry is None:
             self.console.print(f"[red]✗[/] {step.title:<28} failed")
             return
@@ -128,22 +139,42 @@ class Screen:
         else:
             yield
 
-    def _advance(self, event: Event) -> None:
-        if self._progress is None:
-            return
-        label = str(event["label"])
+    def _clear(self, step: Step) -> None:
+        """Take the step's bars away, and the last one's with all of it."""
+        with self._lock:
+            bars = self._bars.pop(step.title, {})
+            if self._progress is None:
+                return
+            for bar in bars.values():
+                self._progress.remove_task(bar)
+            if not self._bars:
+                self._progress.stop()
+                self._progress = None
+
+    def _advance(self, step: Step, event: Event) -> None:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in event["figures"].items())
-        if label not in self._bars:
-            self._bars[label] = self._progress.add_task(
-                label, total=event["total"], completed=event["done"], unit=event["unit"], figures=""
+        label = str(event["label"])
+        with self._lock:
+            bars = self._bars.get(step.title)
+            if self._progress is None or bars is None:
+                return
+            if label not in bars:
+                # With several steps under way a bar's own word does not say whose it is.
+                shown = label if len(self._bars) == 1 else f"{step.title}: {label}"
+                bars[label] = self._progress.add_task(
+                    shown,
+                    total=event["total"],
+                    completed=event["done"],
+                    unit=event["unit"],
+                    figures="",
+                )
+            self._progress.update(
+                bars[label],
+                completed=event["done"],
+                total=event["total"],
+                figures=figures,
+                visible=event["done"] < event["total"],
             )
-        self._progress.update(
-            self._bars[label],
-            completed=event["done"],
-            total=event["total"],
-            figures=figures,
-            visible=event["done"] < event["total"],
-        )
 
 
 class Rate(ProgressColumn):

@@ -1,4 +1,4 @@
-"""Which candidate goes on to be finished. Comparisons, no maths."""
+"""Which candidate goes on to be finished, and why. Comparisons, no maths."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from schemas.errors import StageError, UserError
 from schemas.recipe import Select
+from schemas.report import Comparison
+from tasks.core.apart import told_apart
 from tasks.register.gate import in_words, judge
 
 Figures = dict[str, float]
@@ -20,8 +22,11 @@ class Choice:
     why: str
 
 
-def choose(select: Select, figures: dict[str, Figures]) -> Choice:
-    """The best candidate that keeps every bound. Of equals, the one named first in the recipe.
+def choose(
+    select: Select, figures: dict[str, Figures], comparison: Comparison | None = None
+) -> Choice:
+    """The best candidate that keeps every bound; with `prefer`, of those that are not told apart
+    from it the one with the least of that figure. Of equals, the one named first in the recipe.
 
     Raises:
         UserError: a figure that no candidate has, with the figures that exist.
@@ -30,7 +35,7 @@ def choose(select: Select, figures: dict[str, Figures]) -> Choice:
     goal = select.maximize or select.minimize
     assert goal is not None
     known = sorted({name for found in figures.values() for name in found})
-    for name in [goal, *select.subject_to]:
+    for name in filter(None, [goal, select.prefer, *select.subject_to]):
         if name not in known:
             raise UserError.at(
                 "recipe select",
@@ -48,29 +53,65 @@ def choose(select: Select, figures: dict[str, Figures]) -> Choice:
         raise StageError("no candidate keeps the bounds of `select`:\n" + "\n".join(lines))
     sign = 1 if select.maximize else -1
     best = max(fitting, key=lambda label: sign * fitting[label][goal])
-    return Choice(best, _words(select, goal, best, fitting, broken))
+    equal = equals_of(best, goal, fitting, comparison)
+    chosen = best
+    if select.prefer is not None:
+        least = {label: fitting[label].get(select.prefer, math.inf) for label in [best, *equal]}
+        chosen = min(least, key=lambda label: least[label])
+    return Choice(chosen, _words(select, goal, best, chosen, equal, fitting, broken))
+
+
+def equals_of(
+    best: str, goal: str, fitting: dict[str, Figures], comparison: Comparison | None
+) -> list[str]:
+    """Who of those that fit is not told apart from their best."""
+    if comparison is None or comparison.metric != goal:
+        return []
+    tests = told_apart(comparison, best, [label for label in fitting if label != best])
+    return [test.label for test in tests if not test.apart]
 
 
 def _words(
     select: Select,
     goal: str,
     best: str,
+    chosen: str,
+    equal: list[str],
     fitting: dict[str, Figures],
     broken: dict[str, str],
 ) -> str:
     end = "highest" if select.maximize else "lowest"
-    text = f"{best} has the {end} {goal}, {_number(fitting[best][goal])}"
-    others = {label: found[goal] for label, found in fitting.items() if label != best}
+    if chosen == best:
+        text = f"{best} has the {end} {goal}, {_number(fitting[best][goal])}"
+    else:
+        text = _preferred(select, goal, best, chosen, fitting)
+    others = {label: found[goal] for label, found in fitting.items() if label != chosen}
     if others:
         text += " (" + ", ".join(f"{label} {_number(value)}" for label, value in others.items())
         text += ")"
     bounds = " and ".join(f"{name} {bound}" for name, bound in select.subject_to.items())
     if bounds:
         text += f", among those with {bounds}"
+    if chosen == best and equal:
+        text += f"; not told apart from it on these rows: {', '.join(equal)}"
     left_out = [f"{label} ({why})" for label, why in broken.items() if why]
     if left_out:
         text += "; left out: " + ", ".join(left_out)
     return text
+
+
+def _preferred(
+    select: Select, goal: str, best: str, chosen: str, fitting: dict[str, Figures]
+) -> str:
+    """`lora-r8: accuracy 0.93, not told apart from the best (full, 0.931), at 1/40 of its …`."""
+    own, top = fitting[chosen], fitting[best]
+    assert select.prefer is not None
+    least, most = own[select.prefer], top.get(select.prefer, math.nan)
+    share = f"1/{most / least:.3g} of its" if least and most / least >= 2 else "less"
+    return (
+        f"{chosen} has the {goal} {_number(own[goal])}, not told apart from the best ({best}, "
+        f"{_number(top[goal])}), at {share} {select.prefer} ({_number(least)} to {_number(most)})"
+    )
 
 
 def _number(value: float | None) -> str:

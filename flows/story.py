@@ -6,30 +6,43 @@ differ in the hands that they lend it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from flows.calls import Calls, Made, Step
+from flows.calls import Calls, Made, NotYetError, Step
+from flows.search import Searched, search_rate, wants_search
 from flows.select import Choice, choose
+from schemas.candidates import Candidate
 from schemas.errors import StageError
-from schemas.report import CriteriaReport, GateVerdict, Registration
+from schemas.report import Comparison, CriteriaReport, GateVerdict, Registration
 from tasks.register.gate import judge
 
+T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class NotYetError(StageError):
-    """What the story needs next is still to be made."""
-
-
 class Hands(Protocol):
-    """What the story needs done."""
+    """What the story needs done.
+
+    failed: what `each` left out, and why.
+    """
+
+    failed: dict[str, str]
 
     def make(self, step: Step) -> Made:
         """The entry of a step: found in the store, made, or (in a plan) only named."""
+
+    def each(self, works: Mapping[str, Callable[[], T]], *, alone: bool = False) -> dict[str, T]:
+        """The results of works on several candidates, by label. One that fails is told and left
+        out, and raises only where none is left.
+
+        alone: one after the other, since they measure time.
+        """
 
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         """Give the version `champion` if the recipe asks for it; whether it has had it."""
@@ -37,11 +50,16 @@ class Hands(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the story ended: the entries and what was decided."""
+    """Where the story ended: the entries and what was decided.
+
+    trained: each candidate's entry of the first seed. reports: with the metrics of all seeds.
+    """
 
     rows: Path
     trained: dict[str, Path]
     reports: dict[str, CriteriaReport]
+    searched: dict[str, Searched]
+    comparison: Comparison
     choice: Choice
     page: Path
     registration: Registration
@@ -49,22 +67,41 @@ class Outcome:
     promoted: bool
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A candidate's entries: of each seed what was trained, and of all but the first its score."""
+
+    trained: dict[int, Made]
+    scored: dict[int, Made]
+
+
 def story(calls: Calls, hands: Hands) -> Outcome:
     """From the recipe to a promoted model; what a step reads says what it waits for."""
     recipe = calls.recipe
-    candidates = {candidate.label: candidate for candidate in recipe.candidates}
-
     hands.make(calls.inspect())
     rows = hands.make(calls.prepare())
-    trained = {
-        label: hands.make(calls.train(candidate, rows)) for label, candidate in candidates.items()
-    }
-    evaluated = {"base": hands.make(calls.evaluate("base", rows, None))}
-    for label in candidates:
-        evaluated[label] = hands.make(calls.evaluate(label, rows, trained[label]))
 
-    figures = {label: criteria(evaluated[label]).figures() for label in candidates}
-    choice = choose(recipe.select, figures)
+    candidates, searched = with_rates(calls, hands)
+    tuned = tune(calls, hands, candidates, rows)
+    candidates = {label: candidates[label] for label in tuned}
+    first = recipe.all_seeds[0]
+    trained = {label: entries.trained[first] for label, entries in tuned.items()}
+
+    base = hands.make(calls.evaluate("base", rows, None))
+    measures = {
+        label: partial(lambda label: hands.make(calls.evaluate(label, rows, trained[label])), label)
+        for label in candidates
+    }
+    measured = hands.each(measures, alone=True)
+    seeds = {label: {first: entry} | tuned[label].scored for label, entry in measured.items()}
+    compared = hands.make(calls.compare(seeds))
+    comparison = read(Comparison, compared.path / "comparison.json")
+
+    reports = {
+        label: comparison.over_seeds(label, criteria(entry)) for label, entry in measured.items()
+    }
+    figures = {label: report.figures() for label, report in reports.items()}
+    choice = choose(recipe.select, figures, comparison)
 
     finished, chosen = trained[choice.label], candidates[choice.label]
     if recipe.finish.merge and not chosen.MERGES and chosen.method != "full":
@@ -72,35 +109,98 @@ def story(calls: Calls, hands: Hands) -> Outcome:
         choice = replace(choice, why=choice.why + beside)
     if recipe.finish.merge and chosen.MERGES:
         finished = hands.make(calls.merge(choice.label, rows, finished))
-    evaluated["finished"] = hands.make(calls.evaluate("finished", rows, finished))
+    evaluated = hands.make(calls.evaluate("finished", rows, finished))
 
-    page = hands.make(calls.page(page_inputs(rows, trained, evaluated), choice.label, choice.why))
-    registered = hands.make(calls.register(rows, finished, evaluated["finished"], page))
+    trials = {label: found.told for label, found in searched.items()}
+    curves = {f"train:{label}": trained[label] for label in measured}
+    pages = {f"evaluate:{label}": entry for label, entry in measured.items()}
+    pages = {"evaluate:base": base, **pages, "evaluate:finished": evaluated}
+    inputs = {"prepared": rows, **curves, **pages, "comparison": compared}
+    page = hands.make(calls.page(inputs, choice.label, choice.why, hands.failed, trials))
+    registered = hands.make(calls.register(rows, finished, evaluated, page))
     registration = read(Registration, registered.path / "registration.json")
 
-    reports = {label: criteria(entry) for label, entry in evaluated.items()}
-    verdict = judge(recipe.register_.gate, reports["finished"].figures())
-    promoted = hands.promote(registration, verdict)
-    paths = {label: entry.path for label, entry in trained.items()}
+    last = {"base": criteria(base), "finished": criteria(evaluated)}
+    verdict = judge(recipe.register_.gate, last["finished"].figures())
     return Outcome(
         rows.path,
-        paths,
-        reports,
+        {label: trained[label].path for label in measured},
+        reports | last,
+        searched,
+        comparison,
         choice,
         page.path / "report.html",
         registration,
         verdict,
-        promoted,
+        hands.promote(registration, verdict),
     )
 
 
-def page_inputs(
-    rows: Made, trained: dict[str, Made], evaluated: dict[str, Made]
-) -> dict[str, Made]:
-    """What the HTML report is made from, by the names of `schemas.stages.PageSpec`."""
-    curves = {f"train:{label}": entry for label, entry in trained.items()}
-    reports = {f"evaluate:{label}": entry for label, entry in evaluated.items()}
-    return {"prepared": rows, **curves, **reports}
+def with_rates(calls: Calls, hands: Hands) -> tuple[dict[str, Candidate], dict[str, Searched]]:
+    """The candidates with the learning rates that the search found for them, and its trials."""
+    candidates = {candidate.label: candidate for candidate in calls.recipe.candidates}
+    search = calls.recipe.search
+    wanting = {label for label, one in candidates.items() if wants_search(one, search)}
+    if search is None or not wanting:
+        return candidates, {}
+    rows = hands.make(calls.prepare(search.holdout))
+    searched = hands.each(
+        {
+            label: partial(search_rate, calls, hands, candidates[label], rows)
+            for label in candidates
+            if label in wanting
+        }
+    )
+    found: dict[str, Candidate] = {}
+    for label, candidate in candidates.items():
+        if label not in wanting:
+            found[label] = candidate
+        elif label in searched:
+            rate = searched[label].best.learning_rate
+            schedule = candidate.train.model_copy(update={"learning_rate": rate})
+            found[label] = candidate.model_copy(update={"train": schedule})
+    return found, searched
+
+
+def tune(
+    calls: Calls, hands: Hands, candidates: dict[str, Candidate], rows: Made
+) -> dict[str, Tuned]:
+    """Every candidate trained with every seed; those of which one failed are left out.
+
+    All that does not measure time is done here, side by side where the hands can.
+    """
+    first, *further = calls.recipe.all_seeds
+    several = bool(further)
+
+    def one(candidate: Candidate, seed: int) -> tuple[Made, Made | None]:
+        step = calls.train(candidate, rows, seed if several else None)
+        trained = hands.make(step)
+        if seed == first:
+            return trained, None
+        return trained, hands.make(calls.score(step, rows, trained))
+
+    works = {
+        f"{label} seed {seed}" if several else label: partial(one, candidate, seed)
+        for seed in calls.recipe.all_seeds
+        for label, candidate in candidates.items()
+    }
+    names = {
+        label: {seed: f"{label} seed {seed}" if several else label for seed in [first, *further]}
+        for label in candidates
+    }
+    made = hands.each(works)
+    tuned = {
+        label: Tuned(
+            {seed: made[name][0] for seed, name in own.items()},
+            {seed: entry for seed, name in own.items() if (entry := made[name][1]) is not None},
+        )
+        for label, own in names.items()
+        if all(name in made for name in own.values())
+    }
+    if not tuned:
+        lines = [f"    {name}: {why}" for name, why in hands.failed.items()]
+        raise StageError("\n".join(["no candidate was trained with every seed:", *lines]))
+    return tuned
 
 
 def criteria(evaluated: Made) -> CriteriaReport:

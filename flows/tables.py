@@ -148,6 +148,10 @@ def outcome(record: RunRecord) -> RenderableType:
     facts.add_column(style="cyan")
     facts.add_column(overflow="fold")
     facts.add_row("selected", record.why or "")
+    if record.against_best:
+        facts.add_row("told apart", told_apart(record))
+    for name, why in record.failed.items():
+        facts.add_row("failed", f"{name}: {why}")
     facts.add_row("gate", "\n".join(gate_lines(gate)) or "no bounds given")
     aliases = " and ".join(record.aliases)
     facts.add_row("registered", f"{registered.name} version {registered.version}, {aliases}")
@@ -155,6 +159,16 @@ def outcome(record: RunRecord) -> RenderableType:
     facts.add_row("loads as trained", difference)
     facts.add_row("report", record.report or "")
     return Group("", criteria_table(record), "", facts)
+
+
+def told_apart(record: RunRecord) -> str:
+    """Who is told apart from the best candidate, in words."""
+    apart = [test.label for test in record.against_best if test.apart]
+    same = [test.label for test in record.against_best if not test.apart]
+    parts = [f"worse than {record.best}: {', '.join(apart)}"] if apart else []
+    parts += [f"not distinguishable from {record.best}: {', '.join(same)}"] if same else []
+    seeds = f" ({len(record.seeds)} seeds)" if len(record.seeds) > 1 else ""
+    return "; ".join(parts) + seeds
 
 
 def unfinished(record: RunRecord) -> RenderableType:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 
 from flows.home import Home
-from flows.records import RunRecord, Subject, reports_path
+from flows.records import RunRecord, Subject, Told, reports_path
 from flows.standing import aliases
 from flows.story import Outcome
 from schemas.errors import DiskFullError, UserError
+from tasks.core.apart import best_of, told_apart
 
 
 def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
@@ -20,6 +22,21 @@ def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
     record.base = Subject.of("base", reports["base"])
     record.finished = Subject.of("finished", reports["finished"])
     record.candidates = [Subject.of(label, reports[label]) for label in outcome.trained]
+    comparison = outcome.comparison
+    record.seeds, record.best = comparison.seeds, best_of(comparison)
+    others = [label for label in comparison.candidates if label != record.best]
+    record.against_best = [
+        Told(**asdict(test), apart=test.apart)
+        for test in told_apart(comparison, record.best, others)
+    ]
+    record.searched = {label: found.told for label, found in outcome.searched.items()}
+    record.warnings += [
+        f"search: the best learning rate of {label}, {found.best.learning_rate:.3g}, is the "
+        f"{'lowest' if found.best.learning_rate == found.lowest else 'highest'} that was tried: "
+        "a better one may lie beyond"
+        for label, found in outcome.searched.items()
+        if found.at_the_edge
+    ]
     record.selected, record.why = outcome.choice.label, outcome.choice.why
     record.registered, record.gate = outcome.registration, outcome.verdict
     record.promoted = outcome.promoted

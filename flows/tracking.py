@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from flows.calls import Step
 from flows.home import Home
 from flows.records import RunRecord
-from schemas.candidates import Candidate
 from schemas.recipe import Recipe
-from schemas.report import CriteriaReport, CurvePoint
+from schemas.report import CurvePoint
+from tasks.core.store import Entry
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -27,6 +28,8 @@ CURVE = TypeAdapter(list[CurvePoint])
 
 #: MLflow's own limit on the metrics of one batch.
 BATCH = 1000
+#: And on the length of a tag.
+TAG_LIMIT = 5000
 
 
 class Tracker:
@@ -38,17 +41,22 @@ class Tracker:
         self._client: MlflowClient
         self._experiment = ""
         self._children: dict[str, str] = {}
+        self._broken: set[str] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._logged: list[Future[None]] = []
         self._later(lambda: self._open(dead))
 
-    def trained(self, candidate: Candidate, path: Path) -> None:
+    def trained(self, step: Step, entry: Entry) -> None:
         """A candidate's settings as parameters and its loss curve as step metrics."""
-        self._later(lambda: self._trained(candidate, path))
+        self._later(lambda: self._trained(step, entry))
 
-    def evaluated(self, label: str, key: str, path: Path) -> None:
-        """The five criteria of a model as metrics."""
-        self._later(lambda: self._evaluated(label, key, path))
+    def evaluated(self, step: Step, entry: Entry) -> None:
+        """The figures of a model as metrics."""
+        self._later(lambda: self._evaluated(step, entry))
+
+    def failed(self, name: str, why: str) -> None:
+        """A candidate that came to nothing, and why."""
+        self._later(lambda: self._failed(name, why))
 
     def reported(self, page: Path) -> None:
         """The HTML report as an artifact of the parent run."""
@@ -95,12 +103,19 @@ class Tracker:
             self._children[label] = run.info.run_id
         return self._children[label]
 
-    def _trained(self, candidate: Candidate, path: Path) -> None:
-        run_id = self._child(candidate.label)
-        schedule = self._recipe.train.for_candidate(candidate.train)
-        settings = candidate.model_dump(mode="json", exclude={"name", "train"})
-        self._params(run_id, settings | {"train": schedule.model_dump(mode="json")})
-        curve = CURVE.validate_json((path / "curve.json").read_bytes())
+    def _name(self, step: Step) -> str:
+        """A run for each candidate, and where there are several seeds for each of them."""
+        if step.label in ("base", "finished") or len(self._recipe.all_seeds) == 1:
+            return step.label
+        seed = self._recipe.all_seeds[0] if step.seed is None else step.seed
+        return f"{step.label} seed {seed}"
+
+    def _trained(self, step: Step, entry: Entry) -> None:
+        run_id = self._child(self._name(step))
+        spec = step.call.spec
+        settings = {name: value for name, value in spec["candidate"].items() if name != "train"}
+        self._params(run_id, settings | {"train": spec["train"]})
+        curve = CURVE.validate_json((entry.path / "curve.json").read_bytes())
         rows = [
             (name, value, point.step)
             for point in curve
@@ -112,17 +127,21 @@ class Tracker:
         ]
         self._metrics(run_id, rows)
 
-    def _evaluated(self, label: str, key: str, path: Path) -> None:
-        run_id = self._child(label)
-        report = CriteriaReport.model_validate_json((path / "criteria.json").read_bytes())
-        rows = [(name, value, 0) for name, value in report.figures().items()]
-        for name, interval in report.accuracy.metrics.items():
-            rows += [(f"{name}_low", interval.low, 0), (f"{name}_high", interval.high, 0)]
+    def _evaluated(self, step: Step, entry: Entry) -> None:
+        run_id, facts = self._child(self._name(step)), entry.facts
+        rows = [(name, float(value), 0) for name, value in facts["figures"].items()]
+        for name, (low, high) in facts["intervals"].items():
+            rows += [(f"{name}_low", low, 0), (f"{name}_high", high, 0)]
         self._metrics(run_id, rows)
-        self._client.set_tag(run_id, "peftflow.evaluated", key)
-        self._client.set_tag(run_id, "peftflow.method", report.method)
-        if label == "finished":
+        self._client.set_tag(run_id, "peftflow.evaluated", entry.key)
+        self._client.set_tag(run_id, "peftflow.method", facts["method"])
+        if step.label == "finished":
             self._metrics(self._parent, rows)
+
+    def _failed(self, name: str, why: str) -> None:
+        run_id = self._child(name)
+        self._client.set_tag(run_id, "peftflow.failed", why[:TAG_LIMIT])
+        self._broken.add(run_id)
 
     def _end(self) -> None:
         status = {"done": "FINISHED", "refused": "FINISHED"}.get(self._record.state, "FAILED")
@@ -134,8 +153,21 @@ class Tracker:
         if self._record.registered:
             version = f"{self._record.registered.name}/{self._record.registered.version}"
             self._client.set_tag(self._parent, "peftflow.version", version)
+        self._compared()
         for run_id in [*self._children.values(), self._parent]:
-            self._client.set_terminated(run_id, status)
+            self._client.set_terminated(run_id, "FAILED" if run_id in self._broken else status)
+
+    def _compared(self) -> None:
+        """Of several seeds the means, on the parent run: `lora-r16/accuracy`."""
+        rows = []
+        for subject in self._record.candidates if len(self._record.seeds) > 1 else []:
+            for name, interval in subject.accuracy["metrics"].items():
+                ends = (("", "value"), ("_low", "low"), ("_high", "high"))
+                rows += [(f"{subject.label}/{name}{end}", interval[key], 0) for end, key in ends]
+        self._metrics(self._parent, rows)
+        for label, trials in self._record.searched.items():
+            text = json.dumps([trial.model_dump() for trial in trials])
+            self._client.set_tag(self._parent, f"peftflow.search.{label}", text[:TAG_LIMIT])
 
     def _params(self, run_id: str, tree: dict[str, Any]) -> None:
         from mlflow.entities import Param

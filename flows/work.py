@@ -8,9 +8,12 @@ from typing import Protocol
 
 from flows.calls import Step
 from flows.execute import Event, run_stage
+from flows.fan_out import SLOT
 from flows.home import Home
 from flows.records import StageLine
-from tasks.core.store import Entry, Store
+from flows.remember import Diverged
+from schemas.errors import DivergedError
+from tasks.core.store import Entry, Store, key_of
 
 
 class Listener(Protocol):
@@ -40,9 +43,11 @@ class Bench:
         Raises: as `flows.execute.run_stage`.
         """
         call, started = step.call, time.monotonic()
+        diverged = Diverged(self.home.diverged)
         entry = Store(self.home.store).find(call)
         cached = entry is not None
         if entry is None:
+            diverged.check(key_of(call))
             self.listener.begin(step)
             try:
                 entry = run_stage(
@@ -50,9 +55,12 @@ class Bench:
                     self.home,
                     lambda event: self.listener.event(step, event),
                     offline=self.offline,
+                    slot=SLOT.get(),
                 )
-            except BaseException:
+            except BaseException as error:
                 self.listener.end(step, None, None)
+                if isinstance(error, DivergedError):
+                    diverged.put(key_of(call), error)
                 raise
         made = entry.manifest.provenance.seconds
         seconds = made if cached else round(time.monotonic() - started, 3)

@@ -28,9 +28,11 @@ class CandidateBase(Frozen):
 
     MERGES: whether `finish.merge` folds it into the base. Of what does not, `full` is whole
         already, and the others are served beside their base.
+    TRAINS: whether it learns, at a rate and from a seed.
     """
 
     MERGES: ClassVar[bool] = True
+    TRAINS: ClassVar[bool] = True
 
     name: str | None = Field(None, pattern=NAME, description="Shown in tables; unique.")
     train: TrainOverrides = Field(default_factory=TrainOverrides)

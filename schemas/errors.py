@@ -59,5 +59,11 @@ class DiskFullError(RetryableError):
     )
 
 
+class DivergedError(StageError):
+    """Training that left for infinity or went dead. The same recipe would do so again."""
+
+
 #: What a stage's process can end with, by the name that it tells its parent.
-STAGE_ERRORS = {kind.__name__: kind for kind in (StageError, RetryableError, DiskFullError)}
+STAGE_ERRORS = {
+    kind.__name__: kind for kind in (StageError, RetryableError, DiskFullError, DivergedError)
+}

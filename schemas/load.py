@@ -216,7 +216,7 @@ def _figure_problems(source: _Document) -> Iterator[Problem]:
         sizes = Evaluate().batch_sizes
     known = figure_names(task, sizes)
     named: list[tuple[list[int | str], Any]] = []
-    for goal in ("maximize", "minimize"):
+    for goal in ("maximize", "minimize", "prefer"):
         named.append((["select", goal], source.get("select", goal)))
     for section in (["select", "subject_to"], ["register", "gate"]):
         bounds = source.get(*section)

@@ -61,6 +61,12 @@ class HoldOut(Frozen):
     """A share of the train rows, chosen by the hash of each row, so that it never drifts."""
 
     holdout: float = Field(gt=0, lt=0.5, description="Share of the train rows, e.g. 0.1.")
+    after: float = Field(
+        0,
+        ge=0,
+        lt=0.5,
+        description="Share that is left out of both: what another hold-out of the file has taken.",
+    )
 
 
 def _test_kind(value: Any) -> str:
@@ -147,11 +153,61 @@ def checked_bound(value: Any) -> Any:
 Bound = Annotated[str, BeforeValidator(checked_bound)]
 
 
+class RateRange(Frozen):
+    """Learning rates between two, on a logarithmic scale."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _rises(self) -> RateRange:
+        if self.low >= self.high:
+            raise ValueError("`low` must be below `high`")
+        return self
+
+
+def _rates_kind(value: Any) -> str:
+    """Rates are listed, or between two ends."""
+    return "range" if isinstance(value, dict | RateRange) else "list"
+
+
+Rate = Annotated[float, Field(gt=0)]
+Rates = Annotated[list[Rate], Field(min_length=1)]
+
+
+class Search(Frozen):
+    """The learning rate of each candidate, searched on rows that are held out of train.
+
+    Default rates decide comparisons of methods, so each candidate gets the same number of trials
+    of the same length. One with a `learning_rate` of its own keeps it.
+    """
+
+    learning_rate: Annotated[
+        Annotated[Rates, Tag("list")] | Annotated[RateRange, Tag("range")],
+        Discriminator(_rates_kind),
+    ] = Field(description="The rates to try, or {low: …, high: …}.")
+    trials: int = Field(
+        4, ge=1, description="For each candidate; a list of fewer rates is tried whole."
+    )
+    share: float = Field(
+        1.0, gt=0, le=1, description="Length of a trial, as a share of the candidate's training."
+    )
+    holdout: float = Field(
+        0.1, gt=0, lt=0.5, description="Share of the train rows that trials are measured on."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Of the sampler, and of each trial.")
+
+
 class Select(Frozen):
     """Which candidate goes on to be finished."""
 
     maximize: str | None = Field(None, description="A figure of the report, e.g. accuracy.")
     minimize: str | None = Field(None, description="A figure of the report, e.g. perplexity.")
+    prefer: str | None = Field(
+        None,
+        description="Of those that are not told apart from the best, the one with the least of "
+        "this figure, e.g. shipped_bytes. null: the best, however narrowly.",
+    )
     subject_to: dict[str, Bound] = Field(
         default_factory=dict, description='Bounds, e.g. {adapter_mib: "<= 10"}.'
     )
@@ -188,12 +244,36 @@ class Recipe(Frozen):
     data: Data
     candidates: list[Candidate] = Field(min_length=1)
     train: Train = Field(default_factory=Train)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        None,
+        min_length=1,
+        description="Train every candidate once for each; figures are means, and the first seed's "
+        "model is the one that goes on. null: train.seed alone.",
+    )
+    search: Search | None = Field(None, description="null: the rates as they are given.")
     evaluate: Evaluate = Field(default_factory=Evaluate)
     select: Select
     finish: Finish = Field(default_factory=Finish)
     register_: Register = Field(alias="register")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @property
+    def all_seeds(self) -> list[int]:
+        return self.seeds or [self.train.seed]
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("holds a seed twice: it would train the same model again")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place_for_seeds(self) -> Recipe:
+        if self.seeds is not None and "seed" in self.train.model_fields_set:
+            raise ValueError("give `seeds` or `train.seed`, not both")
+        return self
 
     @field_validator("candidates")
     @classmethod

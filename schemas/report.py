@@ -105,6 +105,59 @@ class Latency(Strict):
     token_ratio: float | None
 
 
+class Seeded(Interval):
+    """A metric over several seeds: `value` is their mean, and the interval is of both rows and
+    seeds drawn anew."""
+
+    seeds: list[float] = Field(description="The metric of each seed.")
+
+
+class Trial(Strict):
+    """One learning rate of a search. value: the metric on the rows held out for it; None where
+    the training diverged. chosen: the candidate was trained at this rate."""
+
+    learning_rate: float
+    value: float | None
+    chosen: bool = False
+
+
+class Pair(Strict):
+    """Two candidates on the same rows and seeds."""
+
+    first: str
+    second: str
+    difference: float = Field(description="The first one's metric minus the second one's.")
+    low: float
+    high: float
+    p: float = Field(description="Two-sided, for this pair alone.")
+    test: Literal["McNemar", "paired bootstrap"]
+
+
+class Comparison(Strict):
+    """The candidates' metrics over all seeds, and a paired test of every two of them.
+
+    `tasks/core/apart.py` reads from it who is told apart from whom.
+    """
+
+    metric: str
+    more_is_better: bool
+    seeds: list[int]
+    candidates: dict[str, dict[str, Seeded]] = Field(description="Label: metric: its figures.")
+    pairs: list[Pair]
+    how: str
+
+    def over_seeds(self, label: str, report: CriteriaReport) -> CriteriaReport:
+        """A candidate's report (of its first seed) with the metrics of all seeds."""
+        found = self.candidates[label]
+        metrics = {
+            name: Interval.model_validate(found[name].model_dump(exclude={"seeds"}))
+            for name in report.accuracy.metrics
+        }
+        return report.model_copy(
+            update={"accuracy": report.accuracy.model_copy(update={"metrics": metrics})}
+        )
+
+
 class Example(Strict):
     prompt: str
     expected: str

@@ -18,6 +18,7 @@ from schemas.candidates import Candidate
 from schemas.frozen import Frozen
 from schemas.manifest import FileFormat
 from schemas.recipe import Data, Evaluate, Finish, Task, Train
+from schemas.report import Trial
 
 
 class Spec(Frozen):
@@ -79,17 +80,35 @@ class TrainSpec(Spec):
 class EvaluateSpec(Spec):
     """paths: prepared, base, subject (a train or merge entry; absent for the base itself).
 
-    The entry: criteria.json (`schemas.report.CriteriaReport`), predictions.jsonl.
+    The entry: criteria.json (`schemas.report.CriteriaReport`; not for accuracy alone),
+    predictions.jsonl, statistics.safetensors (`tasks/core/bootstrap.py`).
     """
 
     STAGE: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     task: Task
     subject: Literal["base", "candidate", "finished"]
     evaluate: Evaluate
     train: Train = Field(description="The batch sizes for which a training step is measured.")
     dtype: Literal["float32", "bfloat16"]
+    accuracy_only: bool = False
+
+
+class CompareSpec(Spec):
+    """paths: `<label>/<seed>` for every evaluation of a candidate.
+
+    The entry: comparison.json (`schemas.report.Comparison`).
+    """
+
+    STAGE: ClassVar[str] = "compare"
+    VERSION: ClassVar[int] = 1
+
+    labels: list[str]
+    seeds: list[int]
+    metric: str
+    more_is_better: bool
+    resamples: int
 
 
 class MergeSpec(Spec):
@@ -123,19 +142,26 @@ class RegisterSpec(Spec):
 
 
 class PageSpec(Spec):
-    """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished.
+    """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished, and
+    comparison.
 
     The entry: report.html, one file that reads offline.
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     recipe_name: str
     recipe_yaml: str
     labels: list[str]
     selected: str
     why: str = Field(description="The selection in words.")
+    failed: dict[str, str] = Field(
+        default_factory=dict, description="What of the candidates came to no figures, and why."
+    )
+    searched: dict[str, list[Trial]] = Field(
+        default_factory=dict, description="Label: the learning rates that its search tried."
+    )
     goal: str = Field(description="The figure that was maximised or minimised.")
 
 

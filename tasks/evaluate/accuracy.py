@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from schemas.errors import StageError
 from schemas.recipe import Evaluate
 from schemas.report import Accuracy, Example, Interval
+from tasks.core import bootstrap
 from tasks.core.models import load_tokenizer
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
-from tasks.evaluate import bootstrap
 from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object
 from tasks.evaluate.generate import generate, stop_ids
 from tasks.evaluate.scoring import answer_losses, class_logits
@@ -33,9 +33,13 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Scores:
-    """The metrics, and a prediction for each test row, in the order of the token file."""
+    """The metrics, and a prediction for each test row, in the order of the token file.
+
+    statistics: what each metric is computed from, by row.
+    """
 
     metrics: dict[str, Interval]
+    statistics: dict[str, bootstrap.Statistic]
     predictions: list[dict[str, Any]]
     how: str
 
@@ -87,7 +91,7 @@ def score_classes(
     right_N = got_N == label_N
     statistics = {
         "accuracy": bootstrap.mean(right_N),
-        "macro_f1": bootstrap.macro_f1(label_N, got_N, logits_NC.shape[1]),
+        "macro_f1": bootstrap.macro_f1(label_N, got_N),
         "loss": bootstrap.mean(loss_N),
     }
     predictions = [
@@ -102,7 +106,7 @@ def score_classes(
         for index, text in enumerate(texts)
     ]
     how = "most probable label; macro_f1 over the labels expected or predicted; loss: nats a row"
-    return Scores(intervals(statistics, len(rows), evaluate), predictions, how)
+    return Scores(intervals(statistics, evaluate), statistics, predictions, how)
 
 
 def score_answers(
@@ -116,9 +120,7 @@ def score_answers(
     loss_N, tokens_N = answer_losses(model, rows, "loss of answers")
     require_finite(loss_N, texts)
     per_token = bootstrap.ratio(loss_N, tokens_N)
-    metrics = intervals(
-        {"perplexity": bootstrap.exponential(per_token), "loss": per_token}, len(rows), evaluate
-    )
+    statistics = {"perplexity": bootstrap.exponential(per_token), "loss": per_token}
     predictions: list[dict[str, Any]] = [
         {
             "row": text["row"],
@@ -146,18 +148,17 @@ def score_answers(
 
     generated = [predictions[index] for index in chosen_G]
     right_G = np.array([line["right"] for line in generated])
-    generated_metrics = {"exact_match": bootstrap.mean(right_G)}
+    statistics["exact_match"] = bootstrap.mean(right_G)
     counts = object_counts(generated)
     if counts is not None:
-        generated_metrics["field_f1"] = bootstrap.f1(*counts.T)
-    metrics |= intervals(generated_metrics, len(generated), evaluate)
+        statistics["field_f1"] = bootstrap.f1(*counts.T)
     how = (
         f"{len(generated)} of {len(rows)} rows generated, greedily, at most "
         f"{evaluate.max_new_tokens} tokens; exact_match: equal text but for white space at the "
         "ends; field_f1: path and value of each JSON leaf, micro-averaged, an answer that is no "
         "JSON object has none; loss: nats per answer token, its end included, over all rows"
     )
-    return Scores(metrics, predictions, how)
+    return Scores(intervals(statistics, evaluate), statistics, predictions, how)
 
 
 def retention_loss(model: torch.nn.Module, prepared: Path, label: str) -> float | None:
@@ -198,10 +199,10 @@ def chosen_by_hash(rows: TokenRows, limit: int | None) -> NDArray[np.int64]:
 
 
 def intervals(
-    statistics: dict[str, bootstrap.Statistic], rows: int, evaluate: Evaluate
+    statistics: dict[str, bootstrap.Statistic], evaluate: Evaluate
 ) -> dict[str, Interval]:
     return {
-        name: bootstrap.interval(statistic, rows, evaluate.bootstrap)
+        name: bootstrap.interval(statistic, evaluate.bootstrap)
         for name, statistic in statistics.items()
     }
 

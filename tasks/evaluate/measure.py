@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,8 +22,8 @@ from tasks.methods.table import method_for
 
 def measure(
     spec: EvaluateSpec, paths: dict[str, Path], started: dict[str, Probe]
-) -> tuple[CriteriaReport, list[dict[str, Any]]]:
-    """The subject's report, and a prediction for each test row.
+) -> tuple[CriteriaReport, accuracy.Scores]:
+    """The subject's report, and how each test row was answered.
 
     Args:
         started: the memory measurements, under way; they end before anything is timed.
@@ -54,7 +53,7 @@ def measure(
         dtype=spec.dtype,
         how=how(spec, scores),
     )
-    return report, scores.predictions
+    return report, scores
 
 
 @contextmanager

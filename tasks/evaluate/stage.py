@@ -1,39 +1,69 @@
-"""The evaluate stage: one subject, five criteria, one report."""
+"""The evaluate stage: one subject, five criteria, one report; or its accuracy alone."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from schemas.stages import EvaluateSpec
+from tasks.core.bootstrap import save_statistics
 from tasks.evaluate import probes
+
+if TYPE_CHECKING:
+    from tasks.evaluate.accuracy import Scores
+
+STATISTICS = "statistics.safetensors"
 
 
 def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Measure the subject and write criteria.json and predictions.jsonl.
+    """Measure the subject and write what `EvaluateSpec` names.
 
     Returns:
-        figures: `CriteriaReport.figures()`; method; intervals: metric to [low, high]; rows.
+        figures: `CriteriaReport.figures()`, or the metrics; method; intervals: metric to
+        [low, high]; rows.
     """
+    return score(spec, paths, out_dir) if spec.accuracy_only else criteria(spec, paths, out_dir)
+
+
+def criteria(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
+    """All five criteria."""
     started = probes.start(spec, paths)
     try:
         # Imported only now: the probes take as long as these imports, and begin before them.
         from tasks.evaluate.measure import measure
 
-        report, predictions = measure(spec, paths, started)
+        report, scores = measure(spec, paths, started)
     finally:
         probes.stop(started)
     (out_dir / "criteria.json").write_text(report.model_dump_json(indent=1))
+    return facts(report.method, report.figures(), scores, out_dir)
+
+
+def score(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
+    """The metrics on the test rows and nothing else: for further seeds, and trials of a search."""
+    from tasks.core import runtime
+    from tasks.evaluate import accuracy
+    from tasks.evaluate.subject import read_subject
+
+    subject = read_subject(spec, paths)
+    model = subject.load().to(runtime.device())
+    scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
+    figures = {name: interval.value for name, interval in scores.metrics.items()}
+    return facts(subject.method, figures, scores, out_dir)
+
+
+def facts(method: str, figures: dict[str, float], scores: Scores, out_dir: Path) -> dict[str, Any]:
+    """Write the answers, and the statistics that a comparison reads; the entry's facts."""
+    save_statistics(scores.statistics, out_dir / STATISTICS)
     with (out_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for line in predictions:
+        for line in scores.predictions:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return {
-        "figures": report.figures(),
-        "method": report.method,
+        "figures": figures,
+        "method": method,
         "intervals": {
-            name: [interval.low, interval.high]
-            for name, interval in report.accuracy.metrics.items()
+            name: [interval.low, interval.high] for name, interval in scores.metrics.items()
         },
-        "rows": report.accuracy.rows,
+        "rows": len(scores.predictions),
     }

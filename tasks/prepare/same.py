@@ -26,7 +26,8 @@ def equal_in(digests: Digests, others: Digests) -> NDArray[np.int64]:
 
 
 def held_out(digests: Digests, share: float) -> NDArray[np.bool_]:
-    """Whether each row belongs to the hold-out: a function of the row alone, so it never drifts."""
+    """Whether each row belongs to the hold-out: a function of the row alone, so it never drifts.
+    A larger share holds all rows of a smaller one."""
     # 53 bits: every such integer is a float, and so is its quotient.
     return (digests[:, 0] >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
 

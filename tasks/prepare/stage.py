@@ -87,15 +87,16 @@ def sort_splits(spec: PrepareSpec, ingested: dict[str, Ingested]) -> dict[str, S
     """The splits, without duplicates, and train without what stands in test."""
     splits = {name: whole(name, rows) for name, rows in ingested.items()}
     if isinstance(spec.data.test, HoldOut):
-        train = splits["train"]
-        held = held_out(train.ingested.digests, spec.data.test.holdout)
+        train, share = splits["train"], spec.data.test
+        taken = held_out(train.ingested.digests, share.after)
+        held = held_out(train.ingested.digests, share.after + share.holdout) & ~taken
         if not held.any():
             raise UserError.at(
                 "data.test",
-                f"a hold-out of {spec.data.test.holdout} takes none of {len(held)} rows",
+                f"a hold-out of {share.holdout} takes none of {len(held)} rows",
                 "raise data.test.holdout, or give a test file",
             )
-        train.members &= ~held
+        train.members &= ~(held | taken)
         splits["test"] = Split("test", train.ingested, held, [])
     order = ["train", "test", "retention"]
     ordered = {name: splits[name] for name in order if name in splits}

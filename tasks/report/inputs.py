@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from schemas.errors import Problem, UserError
 from schemas.manifest import Manifest
-from schemas.report import CriteriaReport, CurvePoint, DataReport
+from schemas.report import Comparison, CriteriaReport, CurvePoint, DataReport
 from schemas.stages import PageSpec
 from tasks.core.store import MANIFEST, read_manifest
 
@@ -26,6 +26,7 @@ CURVE = TypeAdapter(list[CurvePoint])
 class Inputs:
     """Every entry that the page reads.
 
+    comparison: the candidates over all seeds, told apart by the rows.
     reports: `base`, each candidate in the recipe's order, then `finished` where there is one.
     curves: candidate: its training curve.
     manifests: entry name as in `paths` (`prepared`, `train:<label>`…): its manifest.
@@ -34,6 +35,7 @@ class Inputs:
 
     data: DataReport
     quarantine: Path
+    comparison: Comparison
     reports: dict[str, CriteriaReport]
     curves: dict[str, list[CurvePoint]]
     manifests: dict[str, Manifest]
@@ -45,7 +47,7 @@ def read_inputs(spec: PageSpec, paths: dict[str, Path]) -> Inputs:
     Raises:
         UserError: entries that the page cannot do without are not among `paths`, all at once.
     """
-    needed = ["prepared", f"evaluate:{BASE}"]
+    needed = ["prepared", "comparison", f"evaluate:{BASE}"]
     needed += [f"{kind}:{label}" for label in spec.labels for kind in ("train", "evaluate")]
     missing = [
         Problem(f"paths[{name!r}]", "is not given", "name the entry's directory in the call")
@@ -61,10 +63,17 @@ def read_inputs(spec: PageSpec, paths: dict[str, Path]) -> Inputs:
     subjects = [BASE, *spec.labels]
     if f"evaluate:{FINISHED}" in paths:
         subjects.append(FINISHED)
+    comparison = Comparison.model_validate_json(
+        (paths["comparison"] / "comparison.json").read_bytes()
+    )
+    reports = {name: _criteria(paths[f"evaluate:{name}"]) for name in subjects}
+    for label in spec.labels:
+        reports[label] = comparison.over_seeds(label, reports[label])
     return Inputs(
+        comparison=comparison,
         data=DataReport.model_validate_json((paths["prepared"] / "data_report.json").read_bytes()),
         quarantine=paths["prepared"] / "quarantine.parquet",
-        reports={name: _criteria(paths[f"evaluate:{name}"]) for name in subjects},
+        reports=reports,
         curves={label: _curve(paths[f"train:{label}"]) for label in spec.labels},
         manifests={
             name: read_manifest(path) for name, path in paths.items() if (path / MANIFEST).exists()

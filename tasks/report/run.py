@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from schemas.stages import PageSpec
 from tasks.core.files import write_atomic
 from tasks.report import criteria, data_view, examples, overhead, provenance, summary
+from tasks.report.apart import apart, rates, recommendation
 from tasks.report.curves import loss_plot
 from tasks.report.figures import figure
 from tasks.report.inputs import TITLES, Inputs, read_inputs
@@ -57,6 +58,9 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         verdict=summary.verdict(spec, inputs),
         tiles=summary.tiles(spec, inputs),
         subjects=[TITLES.get(name, name) for name in inputs.reports],
+        apart=apart(inputs),
+        recommendation=recommendation(spec, inputs),
+        rates=rates(spec),
         criteria=criteria.criteria_table(inputs, spec.labels),
         how=criteria.measured_how(inputs),
         device=sorted({f"{report.device}, {report.dtype}" for report in inputs.reports.values()}),

@@ -8,7 +8,7 @@ import statistics
 
 import torch
 
-from schemas.errors import StageError
+from schemas.errors import DivergedError
 from schemas.report import CurvePoint
 
 #: Steps that are "the loss now".
@@ -25,10 +25,10 @@ FALLING = 0.99
 
 
 def check_finite(point: CurvePoint) -> None:
-    """Raise a StageError for a loss or gradient that is no number any more."""
+    """Raise a DivergedError for a loss or gradient that is no number any more."""
     for name, value in (("loss", point.loss), ("gradient norm", point.grad_norm)):
         if not math.isfinite(value):
-            raise StageError(
+            raise DivergedError(
                 f"the {name} is {value} at step {point.step} (learning rate "
                 f"{point.learning_rate:.2e}): lower train.learning_rate, raise "
                 "train.warmup_ratio, or use base.dtype: float32 if it is bfloat16"
@@ -41,12 +41,12 @@ def check_diverged(curve: list[CurvePoint], warmup: int, chance: float | None) -
     chance: the loss of guessing (ln of the number of labels), where the task has one.
 
     Raises:
-        StageError: diverged, with the steps, the figures and the cure.
+        DivergedError: diverged, with the steps, the figures and the cure.
     """
     point = curve[-1]
     # A gradient that was 0 from the start is a method that is not applied: `unmoved` says so.
     if point.grad_norm == 0.0 < curve[0].grad_norm and point.loss > LEARNED:
-        raise StageError(
+        raise DivergedError(
             f"the gradient is exactly 0 from step {point.step} on while the loss is "
             f"{point.loss:.4f}: the weights have run away; lower train.learning_rate "
             f"(here {point.learning_rate:.2e})"
@@ -61,7 +61,7 @@ def check_diverged(curve: list[CurvePoint], warmup: int, chance: float | None) -
         now = median_loss(recent)
         if now > limit and now > FALLING * median_loss(before or curve[:WINDOW]):
             rate = max(point.learning_rate for point in curve)
-            raise StageError(
+            raise DivergedError(
                 f"diverged: the median loss of steps {recent[0].step} to {recent[-1].step} is "
                 f"{now:.4f}, above the {start:.4f} {of_what}, at a learning rate of {rate:.2e}: "
                 f"lower train.learning_rate (try {rate / 4:.1e}) or raise train.warmup_ratio"

@@ -142,3 +142,15 @@ def heavy_imports() -> Callable[[str], set[str]]:
         return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines} & HEAVY
 
     return find
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with rows and what looks like a base."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return tmp_path

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import yaml
 
 from flows.calls import Calls, Made, Step
+from flows.fan_out import fan_out
 from flows.home import Home
 from flows.plan import Listing, Pending, already_done, planned
 from flows.story import Outcome, story
-from schemas.errors import UserError
+from schemas.errors import DivergedError, StageError
 from schemas.load import load_recipe
-from schemas.report import CriteriaReport, GateVerdict, Registration
+from schemas.report import Comparison, CriteriaReport, GateVerdict, Registration, Seeded
+from schemas.stages import CompareSpec
 from tasks.core.store import Store, key_of
+
+T = TypeVar("T")
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -29,18 +35,6 @@ RECIPE: dict[str, Any] = {
     "select": {"minimize": "loss", "subject_to": {"adapter_mib": "<= 1"}},
     "register": {"name": "tiny", "gate": {"loss": "<= 2"}, "promote": True},
 }
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A directory with rows and what looks like a base."""
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text("{}")
-    (base / "tokenizer.json").write_text("{}")
-    (base / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    return tmp_path
 
 
 def calls(place: Path, home: Home | None = None, **changes: Any) -> Calls:
@@ -100,16 +94,26 @@ class Making:
     losses: dict[str, float] = field(default_factory=dict)
     made: list[Step] = field(default_factory=list)
     asked: list[GateVerdict] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+    diverging: float = 1e9
 
     def make(self, step: Step) -> Made:
         self.made.append(step)
+        if step.title in self.broken:
+            raise StageError("out of luck")
+        if step.trial is not None and step.trial > self.diverging:
+            raise DivergedError("gone")
         return Store(self.home.store).make(step.call, lambda out: self._fill(step, out))
 
     def _fill(self, step: Step, out: Path) -> dict[str, Any]:
         if step.call.stage == "evaluate":
             mib = 9.0 if step.label == "full" else 0.5
-            found = report(self.losses.get(step.label, 1.0), mib)
+            found = report(self.loss(step), mib)
             (out / "criteria.json").write_text(found.model_dump_json())
+            return {"figures": found.figures()}
+        if step.call.stage == "compare":
+            (out / "comparison.json").write_text(self.comparison(step).model_dump_json())
         if step.call.stage == "register":
             version = Registration(
                 name="tiny",
@@ -121,6 +125,42 @@ class Making:
             )
             (out / "registration.json").write_text(version.model_dump_json())
         return {}
+
+    def loss(self, step: Step) -> float:
+        """As told; of a trial, how far its rate is from 0.01."""
+        if step.trial is not None:
+            return abs(step.trial - 0.01)
+        return self.losses.get(step.label, 1.0) + (step.seed or 0)
+
+    def comparison(self, step: Step) -> Comparison:
+        """The mean of the losses, and no pairs."""
+        spec = CompareSpec.model_validate(step.call.spec)
+        assert set(step.call.inputs) == {f"{a}/{b}" for a in spec.labels for b in spec.seeds}
+        seeds = {
+            label: [self.losses.get(label, 1.0) + (i and seed) for i, seed in enumerate(spec.seeds)]
+            for label in spec.labels
+        }
+        return Comparison(
+            metric=spec.metric,
+            more_is_better=spec.more_is_better,
+            seeds=spec.seeds,
+            candidates={
+                label: {
+                    "loss": Seeded(
+                        value=statistics.mean(losses),
+                        low=min(losses),
+                        high=max(losses),
+                        seeds=losses,
+                    )
+                }
+                for label, losses in seeds.items()
+            },
+            pairs=[],
+            how="",
+        )
+
+    def each(self, works: Mapping[str, Callable[[], T]], *, alone: bool = False) -> dict[str, T]:
+        return fan_out(works, 1, lambda name, error: self.failed.update({name: str(error)}))
 
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         self.asked.append(verdict)
@@ -152,6 +192,7 @@ def test_the_order_and_what_each_step_reads(place: Path) -> None:
         "evaluate base",
         "evaluate full",
         "evaluate lora-r2",
+        "compare",
         "merge lora-r2",
         "evaluate finished",
         "report",
@@ -241,10 +282,10 @@ def test_a_plan_names_what_a_run_makes_and_makes_nothing(place: Path) -> None:
     assert later == ["merge", "evaluate finished", "report", "register"]
     assert not any(first.home.store.iterdir())
     _, hands = told(first)
-    assert [found.key for found in steps] == [key_of(step.call) for step in hands.made[:7]]
+    assert [found.key for found in steps] == [key_of(step.call) for step in hands.made[:8]]
     steps, later = planned(calls(place))
     assert all(found.cached for found in steps)
-    assert (len(steps), later) == (11, [])
+    assert (len(steps), later) == (12, [])
     changes = calls(place, train={"learning_rate": 1e-2})
     cached = {found.step.title for found in planned(changes)[0] if found.cached}
     assert cached == {"inspect", "prepare", "evaluate base"}
@@ -257,7 +298,7 @@ def test_done_means_every_entry_and_the_promotion(place: Path) -> None:
     done = already_done(calls(place), lambda version: True)
     assert done is not None
     assert done[0].promoted
-    assert len(done[1]) == 11
+    assert len(done[1]) == 12
 
 
 def test_a_damaged_entry_is_not_done(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,39 +314,6 @@ def test_pending_entries_have_the_paths_that_they_will_have(place: Path) -> None
     pending = Listing(first.home).make(first.prepare())
     assert isinstance(pending, Pending)
     assert Store(first.home.store).make(first.prepare().call, lambda out: {}).path == pending.path
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda base: (base / "config.json").unlink(), "no config.json"),
-        (
-            lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
-            "pickled checkpoint",
-        ),
-        (lambda base: (base / "model.safetensors").unlink(), "no \\*.safetensors"),
-    ],
-)
-def test_a_directory_that_is_no_base_is_refused_before_torch(
-    place: Path, spoil: Any, words: str
-) -> None:
-    spoil(place / "base")
-    with pytest.raises(UserError, match=words):
-        calls(place)
-
-
-def test_hub_rows_without_a_commit_are_refused(place: Path) -> None:
-    with pytest.raises(UserError, match="no `revision`"):
-        calls(place, data={"train": {"path": "hub:org/rows"}, "test": {"holdout": 0.2}})
-
-
-def test_a_hub_base_without_a_network_says_how_to_go_on(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="hf download org/name --revision") as caught:
-        calls(place, base={"model": "org/name", "revision": "0" * 40})
-    assert "base.model" in caught.value.problems[0].place
 
 
 def test_what_cannot_be_merged_is_registered_beside_its_base_and_said(place: Path) -> None:
@@ -326,3 +334,132 @@ def test_how_often_a_checkpoint_is_written_changes_no_key_but_the_pages(place: P
     assert {title for title in often if often[title] != seldom[title]} == {"report"}
     longer = keys(calls(place, train={"checkpoint_every_s": 1, "max_steps": 9}))
     assert longer["train full"] != often["train full"]
+
+
+THREE = {"seeds": [3, 5, 8], "select": {"minimize": "loss"}}
+
+
+def test_each_seed_is_trained_and_the_first_ones_model_goes_on(place: Path) -> None:
+    """The others are scored and nothing else: what they cost is measured once."""
+    outcome, hands = told(calls(place, **THREE), full=2.0)
+    titles = [step.title for step in hands.made]
+    for label in ("full", "lora-r2"):
+        assert [title for title in titles if title.startswith(f"train {label}")] == [
+            f"train {label} seed {seed}" for seed in (3, 5, 8)
+        ]
+        assert titles.count(f"evaluate {label}") == 1
+    scored = [step for step in hands.made if step.call.spec.get("accuracy_only")]
+    assert {step.seed for step in scored} == {5, 8}
+    seeds = {
+        step.seed: step.call.spec["train"]["seed"]
+        for step in hands.made
+        if step.call.stage == "train"
+    }
+    assert seeds == {3: 3, 5: 5, 8: 8}
+    [merged] = [step for step in hands.made if step.call.stage == "merge"]
+    [first] = [step for step in hands.made if step.title == "train lora-r2 seed 3"]
+    assert merged.call.inputs["trained"] == key_of(first.call)
+    # Seeds 5 and 8 are worse by 5 and 8: the figure is the mean, and the gate's is not.
+    assert outcome.reports["lora-r2"].figures()["loss"] == pytest.approx(1 + 13 / 3)
+    assert outcome.reports["finished"].figures()["loss"] == 1.0
+
+
+def test_one_seed_is_the_same_training_however_it_is_written(place: Path) -> None:
+    written = keys(calls(place, seeds=[4]))
+    assert written["train full"] == keys(calls(place, train={"seed": 4}))["train full"]
+
+
+def test_a_search_gives_each_candidate_as_many_trials_and_takes_the_best_rate(place: Path) -> None:
+    rates = [0.001, 0.009, 0.1]
+    own = {"method": "ia3", "train": {"learning_rate": 0.5}}
+    recipe = {
+        "search": {"learning_rate": rates, "trials": 3, "share": 0.5},
+        "train": {"epochs": 4},
+        "candidates": [*RECIPE["candidates"], own],
+    }
+    hands = Making(calls(place).home, diverging=0.05)
+    outcome = story(calls(place, **recipe), hands)
+    trials = [step for step in hands.made if step.trial and step.call.stage == "train"]
+    assert sorted((step.label, step.trial) for step in trials) == sorted(
+        (label, rate) for label in ("full", "lora-r2") for rate in rates
+    )
+    assert {step.call.spec["train"]["epochs"] for step in trials} == {2}
+    trained = {
+        step.label: step.call.spec["train"]["learning_rate"]
+        for step in hands.made
+        if step.call.stage == "train" and step.trial is None
+    }
+    assert trained == {"full": 0.009, "lora-r2": 0.009, "ia3": 0.5}
+    assert [trial.value for trial in outcome.searched["full"].told if trial.chosen] == [
+        pytest.approx(0.001)
+    ]
+    # The highest rate diverged: known, and no reason to fail.
+    assert [trial.learning_rate for trial in outcome.searched["full"].trials] == rates
+    assert outcome.searched["full"].trials[-1].value is None
+    assert hands.failed == {}
+
+
+def test_a_search_looks_at_no_test_row(place: Path) -> None:
+    """Its rows are cut from train, beside those that the recipe holds out itself."""
+    step = calls(place).prepare(0.1)
+    assert step.call.spec["data"]["test"] == {"holdout": 0.1, "after": 0.2}
+    (place / "test.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    given = {"train": {"path": "train.jsonl"}, "test": {"path": "test.jsonl"}}
+    step = calls(place, data=given).prepare(0.1)
+    assert step.call.spec["data"]["test"] == {"holdout": 0.1, "after": 0.0}
+    assert set(step.call.outside) == {"base", "train"}
+
+
+def test_drawn_rates_are_the_same_every_time(place: Path) -> None:
+    search = {"learning_rate": {"low": 1e-4, "high": 1.0}, "trials": 7}
+    rates = []
+    for home in ("one", "two"):
+        each = calls(place, Home(place / home), search=search)
+        hands = Making(each.home)
+        story(each, hands)
+        rates.append([step.trial for step in hands.made if step.trial is not None])
+    assert rates[0] == rates[1]
+    drawn = set(rates[0])
+    assert len(drawn) == 7
+    assert all(1e-4 <= rate <= 1.0 for rate in drawn)
+
+
+def test_a_plan_says_what_of_a_search_is_known(place: Path) -> None:
+    search = {"learning_rate": [0.001, 0.01], "trials": 2}
+    titles = [found.step.title for found in planned(calls(place, search=search))[0]]
+    assert "prepare for the search" in titles
+    assert "train full at rate 0.001" in titles
+    assert "train full" not in titles
+
+
+def test_a_failed_candidate_does_not_sink_the_others(place: Path) -> None:
+    hands = Making(calls(place).home, broken={"train full"})
+    outcome = story(calls(place), hands)
+    assert outcome.choice.label == "lora-r2"
+    assert set(outcome.trained) == {"lora-r2"}
+    assert hands.failed == {"full": "out of luck"}
+    [page] = [step for step in hands.made if step.call.stage == "report"]
+    assert page.call.spec["failed"] == {"full": "out of luck"}
+    assert page.call.spec["labels"] == ["lora-r2"]
+    # A second run makes what is missing and nothing else.
+    again = Making(calls(place).home)
+    before = {found.key for found in planned(calls(place))[0] if found.cached}
+    story(calls(place), again)
+    assert {step.title for step in again.made if key_of(step.call) not in before} >= {
+        "train full",
+        "evaluate full",
+    }
+    assert key_of(next(s for s in again.made if s.title == "train lora-r2").call) in before
+
+
+def test_a_seed_that_fails_takes_its_candidate_with_it(place: Path) -> None:
+    hands = Making(calls(place).home, broken={"train full seed 5"})
+    outcome = story(calls(place, **THREE), hands)
+    assert set(outcome.trained) == {"lora-r2"}
+    assert not any(step.title == "evaluate full" for step in hands.made)
+
+
+def test_where_all_fail_the_run_fails_with_what_each_met(place: Path) -> None:
+    hands = Making(calls(place).home, broken={"train full", "train lora-r2"})
+    with pytest.raises(StageError, match=r"full: out of luck\nlora-r2: out of luck"):
+        story(calls(place), hands)

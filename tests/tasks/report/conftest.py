@@ -20,6 +20,7 @@ import pytest
 from schemas.manifest import FileRecord, Manifest, Provenance
 from schemas.report import (
     Accuracy,
+    Comparison,
     Computation,
     CriteriaReport,
     CurvePoint,
@@ -29,8 +30,11 @@ from schemas.report import (
     Latency,
     LengthHistogram,
     Memory,
+    Pair,
+    Seeded,
     SplitReport,
     Storage,
+    Trial,
 )
 from schemas.stages import PageSpec
 from tasks.report.inputs import Inputs, read_inputs
@@ -71,6 +75,14 @@ SPEC = PageSpec(
     recipe_yaml=RECIPE,
     labels=LABELS,
     selected="lora-r16",
+    searched={
+        "lora-r4": [
+            Trial(learning_rate=1e-3, value=0.81),
+            Trial(learning_rate=2e-3, value=0.9, chosen=True),
+            Trial(learning_rate=0.1, value=None),
+        ]
+    },
+    failed={"ia3": f"out of luck {HOSTILE}"},
     why="The highest exact_match of the candidates that keep adapter_mib <= 10.",
     goal="exact_match",
 )
@@ -239,9 +251,44 @@ def data_report() -> DataReport:
     )
 
 
+def comparison() -> Comparison:
+    """Of the candidates above, as two seeds gave them: one is told apart from the best."""
+    metrics = {name: report.accuracy.metrics for name, report in reports().items()}
+    return Comparison(
+        metric="exact_match",
+        more_is_better=True,
+        seeds=[0, 1],
+        candidates={
+            label: {
+                name: Seeded(**found.model_dump(), seeds=[found.value, found.value])
+                for name, found in metrics[label].items()
+            }
+            for label in LABELS
+        },
+        pairs=[
+            Pair(
+                first=first,
+                second=second,
+                difference=metrics[first]["exact_match"].value
+                - metrics[second]["exact_match"].value,
+                low=-0.01,
+                high=0.09,
+                p=p,
+                test="paired bootstrap",
+            )
+            for first, second, p in (
+                ("full", "lora-r16", 0.4),
+                ("full", "lora-r4", 0.002),
+                ("lora-r16", "lora-r4", 0.01),
+            )
+        ],
+        how="mean of seeds 0, 1; some words",
+    )
+
+
 def write_entries(root: Path) -> dict[str, Path]:
     """Entries on disk, as `paths` of a call names them."""
-    paths = {"prepared": root / "prepare"}
+    paths = {"prepared": root / "prepare", "comparison": root / "compare"}
     paths |= {f"train:{label}": root / f"train-{label}" for label in LABELS}
     paths |= {f"evaluate:{name}": root / f"evaluate-{name}" for name in reports()}
     for path in paths.values():
@@ -262,6 +309,7 @@ def write_entries(root: Path) -> dict[str, Path]:
         },
         schema_overrides={"line": pl.Int64},
     ).write_parquet(paths["prepared"] / "quarantine.parquet")
+    (paths["comparison"] / "comparison.json").write_text(comparison().model_dump_json())
     for label in LABELS:
         points = [point.model_dump() for point in curve(label)]
         (paths[f"train:{label}"] / "curve.json").write_text(json.dumps(points))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.stages import PageSpec
+from tasks.report.apart import apart, rates, recommendation
 from tasks.report.criteria import criteria_table, marked
 from tasks.report.curves import CURVE_POINTS, running_mean, thinned
 from tasks.report.data_view import refused_rows
@@ -174,3 +176,39 @@ def test_one_refused_row_is_shown_for_each_reason(entries: dict[str, Path]) -> N
 )
 def test_absolute_paths_are_cut_to_their_names(line: str, cut: str) -> None:
     assert without_directories(line) == cut
+
+
+def test_who_is_told_apart_and_who_is_not(spec: PageSpec, inputs: Inputs) -> None:
+    """Two tests against the best, so that p is doubled where it is smallest (Holm)."""
+    found = apart(inputs)
+    assert found is not None
+    assert [row.label for row in found.rows] == ["full", "lora-r16", "lora-r4"]
+    assert [row.verdict for row in found.rows] == ["the best", "not distinguishable", "told apart"]
+    assert [row.p for row in found.rows] == ["", "0.400", "0.004"]
+    # 94.8 % and 95.5 %, seen from the best one.
+    assert found.rows[1].difference == "−0.7"
+    assert found.rows[1].interval == "−9.0 to +1.0"
+    assert found.rows[1].seeds == "94.8, 94.8"
+
+
+def test_the_recommendation_speaks_of_distance_storage_and_speed(
+    spec: PageSpec, inputs: Inputs
+) -> None:
+    words = " ".join(recommendation(spec, inputs)).replace("\u00a0", " ")
+    assert "lora-r16 is within 0.7 points of the best, full." in words
+    assert "It ships 1/8 of what full does." in words
+    assert "Not distinguishable from full (p ≥ 0.05): lora-r16." in words
+
+
+def test_rates_that_were_tried_are_shown_in_their_order(spec: PageSpec) -> None:
+    [found] = rates(spec)
+    assert (found.label, found.chosen) == ("lora-r4", "0.002")
+    assert found.trials == [("0.001", "0.81"), ("0.002", "0.9"), ("0.1", "diverged")]
+
+
+def test_one_candidate_alone_is_beside_nobody(spec: PageSpec, inputs: Inputs) -> None:
+    alone = inputs.comparison.model_copy(
+        update={"candidates": {"full": inputs.comparison.candidates["full"]}, "pairs": []}
+    )
+    assert apart(replace(inputs, comparison=alone)) is None
+    assert recommendation(spec, replace(inputs, comparison=alone)) == []

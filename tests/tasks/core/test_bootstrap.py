@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.evaluate import bootstrap
+from tasks.core import bootstrap
 
 CLASSES = 4
 PAIRS = st.lists(
@@ -33,14 +33,14 @@ def slow_macro_f1(expected: list[int], got: list[int]) -> float:
 def test_macro_f1_of_all_rows_and_of_resamples(pairs: list[tuple[int, int]], seed: int) -> None:
     """A resample's weights must give what the resample itself, row by row, would give."""
     expected, got = (np.array(column) for column in zip(*pairs, strict=True))
-    statistic = bootstrap.macro_f1(expected, got, CLASSES)
+    statistic = bootstrap.macro_f1(expected, got)
     drawn = np.random.default_rng(seed).integers(0, len(pairs), (5, len(pairs)))
     weights = np.stack([np.bincount(rows, minlength=len(pairs)) for rows in drawn]).astype(float)
     fast = statistic(weights)
     slow = [slow_macro_f1(expected[rows].tolist(), got[rows].tolist()) for rows in drawn]
     # Both sum at most four quotients in float64.
     np.testing.assert_allclose(fast, slow, rtol=0, atol=1e-12)
-    assert bootstrap.interval(statistic, len(pairs), 100).value == pytest.approx(
+    assert bootstrap.interval(statistic, 100).value == pytest.approx(
         slow_macro_f1(expected.tolist(), got.tolist()), abs=1e-12
     )
 
@@ -49,7 +49,7 @@ def test_macro_f1_by_hand() -> None:
     # Class 0: precision 1, recall 1/2, F1 2/3. Class 1: precision 1/2, recall 1, F1 2/3.
     # Class 2: predicted once and never right, F1 0. Class 3: neither, so it does not count.
     expected, got = np.array([0, 0, 1, 0]), np.array([0, 1, 1, 2])
-    statistic = bootstrap.macro_f1(expected, got, 4)
+    statistic = bootstrap.macro_f1(expected, got)
     by_hand = (2 * 1 * (1 / 3) / (1 + 1 / 3) + 2 / 3 + 0) / 3
     assert statistic(np.ones((1, 4)))[0] == pytest.approx(by_hand)
 
@@ -59,12 +59,12 @@ def test_macro_f1_by_hand() -> None:
 def test_ratio_and_perplexity(rows: list[tuple[float, int]]) -> None:
     loss, tokens = (np.array(column) for column in zip(*rows, strict=True))
     per_token = bootstrap.ratio(loss, tokens)
-    found = bootstrap.interval(per_token, len(rows), 200)
+    found = bootstrap.interval(per_token, 200)
     assert found.value == pytest.approx(math.fsum(loss) / tokens.sum())
     quotients = loss / tokens
     # A ratio of sums lies between the rows' own ratios, and so does every resample's.
     assert quotients.min() - 1e-9 <= found.low <= found.high <= quotients.max() + 1e-9
-    perplexity = bootstrap.interval(bootstrap.exponential(per_token), len(rows), 200)
+    perplexity = bootstrap.interval(bootstrap.exponential(per_token), 200)
     assert perplexity.value == pytest.approx(math.exp(found.value))
 
 
@@ -78,10 +78,10 @@ def test_f1_is_micro_averaged() -> None:
 
 def test_same_seed_same_interval_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(3).random(70)
-    whole = bootstrap.interval(bootstrap.mean(values), 70, 400, seed=5)
+    whole = bootstrap.interval(bootstrap.mean(values), 400, seed=5)
     monkeypatch.setattr(bootstrap, "CHUNK", 70 * 7)
-    assert bootstrap.interval(bootstrap.mean(values), 70, 400, seed=5) == whole
-    other = bootstrap.interval(bootstrap.mean(values), 70, 400, seed=6)
+    assert bootstrap.interval(bootstrap.mean(values), 400, seed=5) == whole
+    other = bootstrap.interval(bootstrap.mean(values), 400, seed=6)
     assert (other.low, other.high) != (whole.low, whole.high)
 
 
@@ -94,7 +94,7 @@ def test_intervals_hold_what_they_promise() -> None:
     draws = np.random.default_rng(11)
     rate, held = 0.7, 0
     for _ in range(400):
-        found = bootstrap.interval(bootstrap.mean(draws.random(80) < rate), 80, 300)
+        found = bootstrap.interval(bootstrap.mean(draws.random(80) < rate), 300)
         held += found.low <= rate <= found.high
     assert 0.90 <= held / 400 <= 0.98
 
@@ -102,7 +102,7 @@ def test_intervals_hold_what_they_promise() -> None:
 def test_interval_is_as_wide_as_theory_says() -> None:
     """For a mean, 2 * 1.96 * deviation / sqrt(rows); 4,000 resamples place it within 5 %."""
     values = np.random.default_rng(2).normal(size=500)
-    found = bootstrap.interval(bootstrap.mean(values), 500, 4000)
+    found = bootstrap.interval(bootstrap.mean(values), 4000)
     assert found.high - found.low == pytest.approx(
         2 * 1.96 * values.std() / math.sqrt(500), rel=0.05
     )

@@ -1,0 +1,162 @@
+"""Who is told apart from the best candidate, and at which learning rates the search looked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from schemas.report import Trial
+from schemas.stages import PageSpec
+from tasks.core.apart import SIGNIFICANCE, best_of, told_apart
+from tasks.report.figures import Scale, figure, in_words, scale
+from tasks.report.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class ApartRow:
+    """A candidate beside the best one. seeds: its metric with each of them."""
+
+    label: str
+    value: str
+    seeds: str
+    difference: str
+    interval: str
+    p: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The table, and what it speaks of."""
+
+    best: str
+    title: str
+    unit: str
+    seeds: int
+    how: str
+    rows: list[ApartRow]
+
+
+def apart(inputs: Inputs) -> Apart | None:
+    """Every candidate beside the best, the best first; None where there is one alone."""
+    comparison = inputs.comparison
+    if len(comparison.candidates) < 2:
+        return None
+    name, best = comparison.metric, best_of(comparison)
+    sign = -1 if comparison.more_is_better else 1
+    found = {label: metrics[name] for label, metrics in comparison.candidates.items()}
+    others = sorted((one for one in found if one != best), key=lambda one: sign * found[one].value)
+    kind = figure(name)
+    written = scale(kind, [interval.value for interval in found.values()])
+    rows = [
+        ApartRow(
+            best,
+            written.text(found[best].value),
+            ", ".join(written.text(value) for value in found[best].seeds),
+            "",
+            "",
+            "",
+            "the best",
+        )
+    ]
+    for test in told_apart(comparison, best, others):
+        own = found[test.label]
+        rows.append(
+            ApartRow(
+                test.label,
+                written.text(own.value),
+                ", ".join(written.text(value) for value in own.seeds),
+                signed(written, test.difference),
+                f"{signed(written, test.low)} to {signed(written, test.high)}",
+                "< 0.001" if test.p < 0.001 else f"{test.p:.3f}",
+                "told apart" if test.apart else "not distinguishable",
+            )
+        )
+    how = f"{comparison.how[0].upper()}{comparison.how[1:]}."
+    return Apart(best, kind.title, written.unit, len(comparison.seeds), how, rows)
+
+
+def signed(written: Scale, value: float) -> str:
+    """With its sign, which is the point of a difference."""
+    return ("+" if value > 0 else "") + written.text(value)
+
+
+def points(name: str, value: float) -> str:
+    """A difference: of percentages, points."""
+    return in_words(name, value).replace("\u00a0%", "\u00a0points")
+
+
+def recommendation(spec: PageSpec, inputs: Inputs) -> list[str]:
+    """What the choice means beside the others, one sentence each.
+
+    How far the selected one is from the best and at what share of its storage, and what the
+    others cost at inference.
+    """
+    comparison, chosen = inputs.comparison, spec.selected
+    if len(comparison.candidates) < 2:
+        return []
+    name, best = comparison.metric, best_of(comparison)
+    said = []
+    values = {label: metrics[name] for label, metrics in comparison.candidates.items()}
+    if chosen != best:
+        gap = points(name, abs(values[best].value - values[chosen].value))
+        said.append(f"{chosen} is within {gap} of the best, {best}.")
+    figures = {label: inputs.reports[label].figures() for label in comparison.candidates}
+    largest = max(figures, key=lambda label: figures[label]["shipped_bytes"])
+    own, most = figures[chosen]["shipped_bytes"], figures[largest]["shipped_bytes"]
+    if own and most / own >= 2:
+        said.append(f"It ships 1/{most / own:,.0f} of what {largest} does.")
+    said += _slower(chosen, figures)
+    tests = told_apart(comparison, best, [label for label in values if label != best])
+    equal = [test.label for test in tests if not test.apart]
+    if equal:
+        said.append(f"Not distinguishable from {best} (p ≥ {SIGNIFICANCE}): {', '.join(equal)}.")
+    return said
+
+
+def _slower(chosen: str, figures: dict[str, dict[str, float]]) -> list[str]:
+    """Those that answer at least a tenth more slowly than the selected one as it is served."""
+
+    def overhead(label: str) -> float | None:
+        names = (
+            f"{kind}_ratio_b1{how}" for kind in ("token", "prefill") for how in ("_merged", "")
+        )
+        return next((figures[label][name] for name in names if name in figures[label]), None)
+
+    own = overhead(chosen)
+    if own is None:
+        return []
+    slower = {
+        label: ratio / own - 1
+        for label in figures
+        if (ratio := overhead(label)) is not None and ratio / own >= 1.1
+    }
+    if not slower:
+        return []
+    words = ", ".join(f"{label} {share:.0%}" for label, share in slower.items())
+    return [f"Slower at batch 1 than {chosen}: {words}."]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The trials of one candidate: (rate, metric), by rate. chosen: the rate that was taken."""
+
+    label: str
+    chosen: str
+    trials: list[tuple[str, str]]
+
+
+def rates(spec: PageSpec) -> list[Rates]:
+    """What the search tried, candidate by candidate."""
+    found = []
+    for label, trials in spec.searched.items():
+        taken = next(trial.learning_rate for trial in trials if trial.chosen)
+        found.append(Rates(label, f"{taken:.3g}", shown(trials)))
+    return found
+
+
+def shown(trials: list[Trial]) -> list[tuple[str, str]]:
+    ordered = sorted(trials, key=lambda trial: trial.learning_rate)
+    return [
+        (f"{trial.learning_rate:.3g}", "diverged" if trial.value is None else f"{trial.value:.4g}")
+        for trial in ordered
+    ]

@@ -1,0 +1,72 @@
+"""Works side by side: their slots, their failures, and what ends them all."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from flows import fan_out
+from flows.fan_out import SLOT, slots
+from schemas.errors import DiskFullError, StageError, UserError
+
+
+def failing(error: Exception) -> Callable[[], int]:
+    def work() -> int:
+        raise error
+
+    return work
+
+
+def test_results_keep_the_order_of_the_works_and_failures_are_told() -> None:
+    told: dict[str, str] = {}
+    works = {"a": lambda: 1, "b": failing(StageError("no")), "c": lambda: 3}
+    done = fan_out.fan_out(works, 3, lambda name, error: told.update({name: str(error)}))
+    assert list(done.items()) == [("a", 1), ("c", 3)]
+    assert told == {"b": "no"}
+
+
+def test_so_many_run_at_once_and_each_in_a_slot_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three works that wait for each other end only if they run together."""
+    monkeypatch.setattr(fan_out, "gpus", lambda: ["nvidia0", "nvidia1"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    barrier = threading.Barrier(3, timeout=30)
+
+    def work() -> dict[str, str] | None:
+        barrier.wait()
+        return SLOT.get()
+
+    found = fan_out.fan_out(dict.fromkeys("abc", work), 3, lambda name, error: None)
+    devices = sorted(slot["CUDA_VISIBLE_DEVICES"] for slot in found.values() if slot)
+    assert devices == ["0", "0", "1"]
+    assert SLOT.get() is None
+
+
+def test_one_job_has_the_whole_machine_and_several_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fan_out, "gpus", list)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert slots(1) == [{}]
+    assert slots(2) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert slots(16) == [{"OMP_NUM_THREADS": "1"}] * 16
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(3)] == ["GPU-a", "GPU-b", "GPU-a"]
+
+
+def test_a_full_disk_is_nobodys_own_and_ends_all() -> None:
+    works = {"a": lambda: 1, "b": failing(DiskFullError("full"))}
+    with pytest.raises(DiskFullError):
+        fan_out.fan_out(works, 1, lambda name, error: None)
+
+
+def test_where_all_fail_every_problem_is_kept() -> None:
+    users = {name: failing(UserError.at(name, "is wrong", "mend it")) for name in "ab"}
+    with pytest.raises(UserError) as caught:
+        fan_out.fan_out(users, 2, lambda name, error: None)
+    assert [problem.place for problem in caught.value.problems] == ["a", "b"]
+    mixed = {"a": failing(StageError("x")), "b": users["b"]}
+    with pytest.raises(StageError, match="a: x\nb: b: is wrong"):
+        fan_out.fan_out(mixed, 1, lambda name, error: None)
