@@ -77,7 +77,8 @@ POST_NORM = ("bert", "roberta", "xlm-roberta", "electra")
 #: Their name for a configuration, and ours. The head of one comes with it.
 PLACEMENTS = {
     "double_seq_bn": "double_sequential",
-    "seq_bn": "sequential",
+    "seq_bn": "sequential_normed",
+    "seq_bn_output": "sequential",
     "par_bn": "parallel",
     "with_head": "double_sequential",
 }
@@ -85,8 +86,8 @@ PLACEMENTS = {
 
 def configurations(model: str) -> list[str]:
     """Those that have a counterpart on the other side."""
-    names = ["double_seq_bn", "seq_bn"]
-    names += ["par_bn"] if model in POST_NORM else []
+    names = ["double_seq_bn", "seq_bn_output"]
+    names += ["seq_bn", "par_bn"] if model in POST_NORM else []
     return [*names, "with_head"] if model == "bert" else names
 
 
@@ -150,7 +151,8 @@ def make() -> None:
 
     settings = {
         "double_seq_bn": adapters.DoubleSeqBnConfig(reduction_factor=4),
-        "seq_bn": adapters.SeqBnConfig(reduction_factor=4, original_ln_before=False),
+        "seq_bn": adapters.SeqBnConfig(reduction_factor=4),
+        "seq_bn_output": adapters.SeqBnConfig(reduction_factor=4, original_ln_before=False),
         "par_bn": adapters.ParBnConfig(),
         "with_head": adapters.DoubleSeqBnConfig(reduction_factor=4, non_linearity="gelu"),
     }

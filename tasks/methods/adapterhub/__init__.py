@@ -6,6 +6,7 @@
 The same weights under other names, and a configuration in other words:
 
     double_seq_bn                          placement double_sequential
+    seq_bn                                 placement sequential_normed, in post-norm blocks alone
     seq_bn with original_ln_before=False   placement sequential
     par_bn                                 placement parallel, in post-norm blocks alone
     classification head, static            modules_to_save

@@ -7,8 +7,7 @@ from typing import Any
 
 from schemas.errors import Problem, UserError
 from tasks.methods.adapterhub.names import Family
-from tasks.methods.tuners import bottleneck
-from tasks.methods.tuners.bottleneck import BottleneckConfig
+from tasks.methods.tuners.bottleneck import BottleneckConfig, known_endings
 
 #: Theirs as ours stands to it; `their_config` sets what differs from adapter to adapter.
 THEIR_CONFIG: dict[str, Any] = {
@@ -95,9 +94,8 @@ def our_config(facts: dict[str, Any], family: Family, place: Path) -> Bottleneck
                 for field, why, fix in refused
             ]
         )
-    placement = "double_sequential" if theirs["mh_adapter"] else "sequential"
     return BottleneckConfig(
-        placement="parallel" if theirs["is_parallel"] else placement,
+        placement=_placement(theirs),
         reduction_factor=int(theirs["reduction_factor"]),
         activation=activation,
         scaling=float(theirs["scaling"]),
@@ -112,6 +110,7 @@ def their_config(config: BottleneckConfig) -> dict[str, Any]:
         "mh_adapter": config.placement == "double_sequential",
         "output_adapter": True,
         "is_parallel": config.placement == "parallel",
+        "original_ln_before": config.placement == "sequential_normed",
         "reduction_factor": config.reduction_factor,
         "non_linearity": config.activation,
         # They take a whole number for an unknown kind of scaling.
@@ -121,22 +120,16 @@ def their_config(config: BottleneckConfig) -> dict[str, Any]:
 
 def check_ours(config: BottleneckConfig, model_type: str, family: Family, place: Path) -> None:
     """Raise a UserError with everything in our configuration that theirs cannot say."""
-    blocks = bottleneck.BLOCKS[model_type]
-    parallel = config.placement == "parallel"
-    known = {
-        "attention_modules": blocks.attention,
-        "feed_forward_modules": blocks.parallel if parallel else blocks.feed_forward,
-    }
     found = [
         Problem(
             f"{place} {field}",
             f"{getattr(config, field)}: not where AdapterHub's adapters of {model_type} are",
             f"{list(endings)} converts",
         )
-        for field, endings in known.items()
+        for field, endings in known_endings(model_type, config.placement).items()
         if getattr(config, field) not in (None, list(endings))
     ]
-    if parallel and not family.parallel:
+    if config.placement == "parallel" and not family.parallel:
         found.append(
             Problem(
                 f"{place} placement",
@@ -192,17 +185,34 @@ def _of_placement(theirs: dict[str, Any], facts: dict[str, Any], family: Family)
                 f"{facts['model_type']} has pre-norm blocks, where it reads the residual; ours "
                 "reads what the feed-forward reads"
             )
-            fix = "seq_bn and double_seq_bn convert; par_bn does for BERT's like"
+            fix = "double_seq_bn converts; par_bn does for BERT's like"
             found.append(("is_parallel", why, fix))
     # The parallel one looks at neither of these.
     elif theirs.get("original_ln_before"):
-        why = "it reads the sum with the residual, normed; ours the sub-layer's own output"
-        fix = "SeqBnConfig(original_ln_before=False), double_seq_bn and par_bn convert"
-        found.append(("original_ln_before", why, fix))
+        if theirs.get("mh_adapter"):
+            why = "after attention ours reads the sub-layer's own output"
+            found.append(("original_ln_before", why, "False converts, or mh_adapter=False"))
+        elif not family.normed:
+            why = (
+                f"{facts['model_type']} has pre-norm blocks, where it reads the sum with the "
+                "residual; ours reads the feed-forward's own output"
+            )
+            found.append(("original_ln_before", why, "False converts"))
+        if theirs.get("residual_before_ln") is not True:
+            why = "ours adds to what the norm reads"
+            found.append(("residual_before_ln", why, "True converts"))
     elif theirs.get("residual_before_ln") == "post_add":
         why = "only original_ln_before gives it something to read"
         found.append(("residual_before_ln", why, "True converts"))
     return found
+
+
+def _placement(theirs: dict[str, Any]) -> str:
+    if theirs["is_parallel"]:
+        return "parallel"
+    if theirs["mh_adapter"]:
+        return "double_sequential"
+    return "sequential_normed" if theirs["original_ln_before"] else "sequential"
 
 
 def _numbers(theirs: dict[str, Any]) -> list[Refused]:

@@ -24,12 +24,13 @@ class Place(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Where the adapters of a kind of model are. `parallel` is empty in pre-norm blocks: there
-    theirs reads the residual, ours what the feed-forward reads, after the norm."""
+    """Where the adapters of a kind of model are. The last two are empty in pre-norm blocks, where
+    theirs read the residual: ours reads what the feed-forward reads, or what it writes."""
 
     attention: tuple[Place, ...]
     feed_forward: tuple[Place, ...]
-    parallel: tuple[Place, ...]
+    parallel: tuple[Place, ...] = ()
+    normed: tuple[Place, ...] = ()
 
 
 class Names(NamedTuple):
@@ -44,16 +45,15 @@ BERT = Family(
     (Place("layer.#.attention.output.dense", "layer.#.attention.output"),),
     (Place("layer.#.output.dense", "layer.#.output"),),
     (Place("layer.#.output", "layer.#.output"),),
+    (Place("layer.#.output.LayerNorm", "layer.#.output"),),
 )
 LLAMA = Family(
     (Place("layers.#.self_attn.o_proj", "layers.#.attention_adapters"),),
     (Place("layers.#.mlp", "layers.#.output_adapters"),),
-    (),
 )
 GPT2 = Family(
     (Place("h.#.attn.c_proj", "h.#.attention_adapters"),),
     (Place("h.#.mlp", "h.#.output_adapters"),),
-    (),
 )
 T5 = Family(
     (
@@ -64,7 +64,6 @@ T5 = Family(
         Place("encoder.block.#.layer.1.DenseReluDense", "encoder.block.#.layer.1"),
         Place("decoder.block.#.layer.2.DenseReluDense", "decoder.block.#.layer.2"),
     ),
-    (),
 )
 #: By `model_type`: the family, and how the names of its classes begin.
 MODELS = {
@@ -92,9 +91,12 @@ def family_of(model_type: Any, place: object) -> Family:
 
 def both_names(family: Family, placement: str) -> tuple[Names, Names]:
     """Ours and theirs, place by place."""
-    places = family.parallel if placement == "parallel" else family.feed_forward
-    if placement == "double_sequential":
-        places = family.attention + places
+    places = {
+        "double_sequential": family.attention + family.feed_forward,
+        "sequential": family.feed_forward,
+        "sequential_normed": family.normed,
+        "parallel": family.parallel,
+    }[placement]
     ours = Names([place.ours for place in places], "bottleneck_down", "bottleneck_up")
     theirs = Names([place.theirs for place in places], "adapter_down.0", "adapter_up")
     return ours, theirs

@@ -81,11 +81,30 @@ PARTS = {
     ],
     "vit": [("vit.layers", "attention.o_proj", "mlp.fc1", "mlp.fc2")],
 }
-ACTIVATIONS = {"double_sequential": "silu", "sequential": "relu", "parallel": "gelu"}
+#: The norm over the feed-forward's residual sum, where there is one.
+NORMS = {"bert": "output.LayerNorm", "roberta": "output.LayerNorm"}
+ACTIVATIONS = {
+    "double_sequential": "silu",
+    "sequential": "relu",
+    "sequential_normed": "silu",
+    "parallel": "gelu",
+}
 SLOW = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 every_base = pytest.mark.parametrize("name", BASES)
-every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+#: Of any base; the one around a norm is for post-norm blocks.
+every_placement = pytest.mark.parametrize(
+    "placement", [placement for placement in PLACEMENTS if placement != "sequential_normed"]
+)
+every_case = pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        (name, placement)
+        for name in BASES
+        for placement in PLACEMENTS
+        if placement != "sequential_normed" or name in NORMS
+    ],
+)
 
 
 def made(name: str) -> nn.Module:
@@ -138,8 +157,7 @@ def far(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one - other).abs().max().item() > 1e-3
 
 
-@every_base
-@every_placement
+@every_case
 def test_the_trained_weights_are_those_of_the_formula(name, placement):
     # By hand, D = 32 and b = 4: 2 * 32 * 4 + 4 + 32 = 292 an adapter. T5 has two stacks.
     blocks = LAYERS * len(PARTS[name])
@@ -156,8 +174,7 @@ def test_a_bottleneck_is_at_least_one_wide():
     assert count([8], 100) == 2 * 8 + 1 + 8
 
 
-@every_base
-@every_placement
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_starts_at_the_base_bitwise(name, placement, dtype):
     base = made(name).to(dtype)
@@ -171,8 +188,7 @@ def test_training_starts_at_the_base_bitwise(name, placement, dtype):
     assert all(weight.dtype == torch.float32 for weight in trained(model).values())
 
 
-@every_base
-@every_placement
+@every_case
 def test_steps_move_the_output_and_leave_the_base_alone(name, placement):
     base_logits = logits(made(name), name)
     model = get_peft_model(made(name), config_of(placement))
@@ -221,6 +237,12 @@ def slow_logits(name: str, placement: str, model: nn.Module) -> torch.Tensor:
                         h + update(key, read[block])
                     )
                 )
+            elif placement == "sequential_normed":
+                base.get_submodule(f"{block}.{NORMS[name]}").register_forward_hook(
+                    lambda norm, args, y, key=of_feed_forward: F.layer_norm(
+                        args[0] + update(key, y), (D,), norm.weight, norm.bias, norm.eps
+                    )
+                )
             else:
                 last_module.register_forward_hook(
                     lambda _, args, h, key=of_feed_forward: h + update(key, h)
@@ -233,8 +255,7 @@ def slow_logits(name: str, placement: str, model: nn.Module) -> torch.Tensor:
     return logits(base, name)
 
 
-@every_base
-@every_placement
+@every_case
 def test_it_computes_the_formula(name, placement):
     model = tuned(name, placement)
     # The same float32 products. Only BERT's parallel update is added to the residual first, here
@@ -245,8 +266,7 @@ def test_it_computes_the_formula(name, placement):
     assert far(logits(model, name), logits(made(name), name))
 
 
-@every_base
-@every_placement
+@every_case
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_saved_adapter_reloads_bitwise(tmp_path, name, placement, low_cpu_mem_usage):
     model = tuned(name, placement)
@@ -352,9 +372,17 @@ def test_a_parallel_and_a_sequential_adapter_of_one_module():
     assert far(logits(model, "llama"), logits(source, "llama"))
 
 
-@pytest.mark.parametrize("order", [("sequential", "parallel"), ("parallel", "sequential")])
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("sequential", "parallel"),
+        ("parallel", "sequential"),
+        ("parallel", "sequential_normed"),
+    ],
+)
 def test_adapters_inside_each_other_are_refused_and_nothing_changes(order):
-    # BERT's sequential adapters are at output.dense, its parallel ones at output.
+    # BERT's sequential adapters are in output, at its dense layer or its norm; its parallel ones
+    # are at output itself.
     model = tuned("bert", order[0])
     before, keys = logits(model, "bert"), list(model.state_dict())
     with pytest.raises(ValueError, match=r"lies inside .*a model each"):
@@ -364,8 +392,7 @@ def test_adapters_inside_each_other_are_refused_and_nothing_changes(order):
     assert torch.equal(logits(model, "bert"), before)
 
 
-@every_base
-@every_placement
+@every_case
 def test_it_does_not_merge_but_unloads(name, placement):
     model = tuned(name, placement)
     before = logits(model, name)
@@ -391,8 +418,7 @@ def test_it_generates_the_same_with_and_without_a_cache(name, placement):
     assert not torch.equal(cached, base)
 
 
-@every_base
-@every_placement
+@every_case
 def test_checkpointing_gives_the_same_gradients(name, placement):
     gradients = []
     for checkpointing in (False, True):
@@ -410,8 +436,7 @@ def test_checkpointing_gives_the_same_gradients(name, placement):
     assert all(gradient.abs().max() > 0 for gradient in plain.values())
 
 
-@every_base
-@every_placement
+@every_case
 def test_mixed_precision(name, placement):
     model = tuned(name, placement)
     exact = logits(model, name)
