@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -62,7 +69,7 @@ BASES = {
     ),
     "vit": lambda: ViTForImageClassification(ViTConfig(**SHAPE, image_size=8, patch_size=4)),
 }
-CAUSAL = ("llama", "qwen2", "gpt2")
+GENERATING = {"llama": "CAUSAL_LM", "qwen2": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 #: Each block: its name, the attention's last linear layer, the feed-forward's first and its last.
 SPLIT = ("attention.output.dense", "intermediate.dense", "output.dense")
 GATED = ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -405,35 +412,59 @@ def test_it_does_not_merge_but_unloads(name, placement):
     assert torch.equal(logits(plain, name), logits(made(name), name))
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", GENERATING)
 @every_placement
 def test_it_generates_the_same_with_and_without_a_cache(name, placement):
-    model = tuned(name, placement, task_type="CAUSAL_LM")
+    model = tuned(name, placement, task_type=GENERATING[name])
     ids = inputs(name)["input_ids"]
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(input_ids=ids, use_cache=True, **settings)
-    assert cached.shape == (2, 17)
+    # After the prompt, or T5's one token to start from.
+    assert cached.shape == (2, 9 if name == "t5" else 17)
     assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **settings))
     base = made(name).generate(input_ids=ids, **settings)
     assert not torch.equal(cached, base)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @every_case
-def test_checkpointing_gives_the_same_gradients(name, placement):
+def test_checkpointing_gives_the_same_gradients(name, placement, reentrant):
     gradients = []
     for checkpointing in (False, True):
         base = made(name)
         if checkpointing:
-            base.gradient_checkpointing_enable()
+            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model = shake(get_peft_model(base, config_of(placement))).train()
         # The same dropout in both.
         torch.manual_seed(4)
         model(**inputs(name)).loss.backward()
         gradients.append({key: weight.grad for key, weight in trained(model).items()})
     plain, recomputed = gradients
-    # The same products in the same order.
-    assert all(torch.equal(recomputed[key], gradient) for key, gradient in plain.items())
+    # The same products in the same order; but what T5's decoder blocks hand back to its encoder
+    # adds up in another: a few roundings of gradients near 0.1, 7e-9 each.
+    rounding = 1e-7 if name == "t5" else 0
+    for key, gradient in plain.items():
+        torch.testing.assert_close(recomputed[key], gradient, rtol=0, atol=rounding)
     assert all(gradient.abs().max() > 0 for gradient in plain.values())
+
+
+@every_case
+def test_the_state_dict_makes_the_round(name, placement):
+    model, other = tuned(name, placement), get_peft_model(made(name), config_of(placement)).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, name), logits(model, name))
+    other = get_peft_model(made(name), config_of(placement)).eval()
+    assert not set_peft_model_state_dict(other, get_peft_model_state_dict(model)).unexpected_keys
+    assert torch.equal(logits(other, name), logits(model, name))
+    assert torch.equal(logits(copy.deepcopy(model), name), logits(model, name))
+
+
+@every_case
+def test_the_last_adapter_deleted_leaves_the_base(name, placement):
+    model = tuned(name, placement)
+    model.delete_adapter("default")
+    # PEFT's own wrapper still looks for the adapter that it deleted.
+    assert torch.equal(logits(model.base_model.model, name), logits(made(name), name))
 
 
 @every_case
