@@ -3,12 +3,17 @@ makes of ours. The outputs, and how far the two are apart, lie in tests/referenc
 
 The package needs an older transformers than ours, so it has an environment of its own:
 
-    python3 -m venv .adapters && .adapters/bin/pip install adapters==1.3.0 torch==2.13.0
+    python3 -m venv /tmp/adapters
+    /tmp/adapters/bin/pip install adapters==1.3.0 torch==2.13.0
 
-    .adapters/bin/python tests/reference/adapterhub.py make        models, adapters, their outputs
-    python -m tests.reference.adapterhub ours /tmp/ours            those converted and run here, and
-                                                                   adapters of ours converted
-    .adapters/bin/python tests/reference/adapterhub.py check /tmp/ours     those run there
+From the repository's root, in this order:
+
+    /tmp/adapters/bin/python tests/reference/adapterhub.py make
+        there: models, adapters of the package, and their outputs
+    .venv/bin/python -m tests.reference.adapterhub ours /tmp/ours
+        here: those converted and run, and adapters of ours converted
+    /tmp/adapters/bin/python tests/reference/adapterhub.py check /tmp/ours
+        there: those of ours run
 
 Each writes its part of provenance.json. Models are tiny, of random weights large enough that an
 adapter moves every output.
