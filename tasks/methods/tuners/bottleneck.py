@@ -8,24 +8,26 @@ transformers alone, as it travels inside registered models; importing it registe
     up:   Linear(b, d), zero, so that training starts from the base exactly
     trained weights of one adapter: 2 d b + b + d
 
-Three placements, F the sub-layer (attention or feed-forward), h its output, x its input:
+Four placements, F the sub-layer (attention or feed-forward), h its output, x its input:
 
     double_sequential  h + s f(h) in place of h = F(x), after attention and after the feed-forward
     sequential         the same after the feed-forward alone
+    sequential_normed  N(v + s f(N(v))) in place of N(v), N the norm over the feed-forward's
+                       residual sum v; in post-norm blocks (BERT, RoBERTa) alone
     parallel           h + s f(x), x the input of the feed-forward
 
 The block's own residual sum and norm follow, as they did. Against AdapterHub's `adapters` 1.3.0,
-outputs compared on tiny models with the same weights:
+outputs compared on tiny models with the same weights (tests/reference/adapterhub.py):
 
     double_seq_bn  the same function, with its non_linearity (swish, "silu" here) as `activation`.
                    While training with dropout it differs: there h is dropped out before the
                    adapter; here after it, but for GPT-2's feed-forward.
-    seq_bn         not the same function: its `original_ln_before` makes the adapter read
-                   LN(h + residual) (h + residual in pre-norm blocks) and add to h. Here it reads
-                   h: `original_ln_before=False`, everything else as in seq_bn.
-    par_bn         the same function in post-norm blocks (BERT, RoBERTa), dropout included, with
-                   scaling 4 and reduction_factor 2, its defaults. In pre-norm blocks it reads
-                   the residual; here it reads what the feed-forward reads, after the norm.
+    seq_bn         sequential_normed in post-norm blocks, dropout included; in pre-norm blocks it
+                   reads h + residual, which nothing here does. With `original_ln_before=False`
+                   sequential in both, dropout as above.
+    par_bn         the same function in post-norm blocks, dropout included, with scaling 4 and
+                   reduction_factor 2, its defaults. In pre-norm blocks it reads the residual;
+                   here it reads what the feed-forward reads, after the norm.
 
 AdapterHub draws `up` (its "bert" start), for all but par_bn, which starts as here. As there, the
 decoder's cross-attention has no adapter unless `attention_modules` names it.
@@ -51,7 +53,7 @@ from transformers.activations import ACT2FN
 
 PEFT_TYPE = "BOTTLENECK"
 PREFIX = "bottleneck_"
-PLACEMENTS = ("double_sequential", "sequential", "parallel")
+PLACEMENTS = ("double_sequential", "sequential", "sequential_normed", "parallel")
 NO_MERGE = (
     "bottleneck adapters do not merge: there is a nonlinearity between down and up, so no weight "
     "of the base can hold them; serve them unmerged"
@@ -65,16 +67,23 @@ class Blocks(NamedTuple):
     feed_forward: the module whose output is the feed-forward's.
     parallel: the feed-forward as one module, d wide in and out; or, where a block splits it, the
         module that gets the feed-forward's input as `input_tensor` and adds it to the output.
+    normed: the norm over that sum; none in pre-norm blocks.
     """
 
     attention: tuple[str, ...]
     feed_forward: tuple[str, ...]
     parallel: tuple[str, ...]
+    normed: tuple[str, ...] = ()
 
 
 LLAMA = Blocks(("self_attn.o_proj",), ("mlp",), ("mlp",))
 # "output.dense" alone would be the attention's too.
-BERT = Blocks(("attention.output.dense",), ("layer.*.output.dense",), ("layer.*.output",))
+BERT = Blocks(
+    ("attention.output.dense",),
+    ("layer.*.output.dense",),
+    ("layer.*.output",),
+    ("layer.*.output.LayerNorm",),
+)
 T5 = Blocks(("SelfAttention.o",), ("DenseReluDense",), ("DenseReluDense",))
 VIT = Blocks(("attention.o_proj",), ("mlp",), ("mlp",))
 GPT2 = Blocks(("attn.c_proj",), ("mlp",), ("mlp",))
@@ -149,7 +158,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
-    other_param_names = ("activations", "scalings", "parallel")
+    other_param_names = ("activations", "scalings", "placements")
 
     # What is used of BaseTunerLayer, which has no types.
     disable_adapters: bool
@@ -169,7 +178,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.bottleneck_up = nn.ModuleDict()
         self.activations: dict[str, nn.Module] = {}
         self.scalings: dict[str, float] = {}
-        self.parallel: dict[str, bool] = {}
+        self.placements: dict[str, str] = {}
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, config, width)
 
@@ -186,19 +195,26 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.bottleneck_up[adapter_name] = up
         self.activations[adapter_name] = ACT2FN[config.activation]
         self.scalings[adapter_name] = config.scaling
-        self.parallel[adapter_name] = config.placement == "parallel"
+        self.placements[adapter_name] = config.placement
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output with the active adapters in it, in the base's dtype."""
         names = [] if self.disable_adapters else self.active_adapters
-        parallel = [name for name in names if self.parallel.get(name) is True]
-        sequential = [name for name in names if self.parallel.get(name) is False]
-        if parallel and self.adds_residual:
+        placed = [(name, self.placements[name]) for name in names if name in self.placements]
+        parallel = [name for name, placement in placed if placement == "parallel"]
+        normed = [name for name, placement in placed if placement == "sequential_normed"]
+        sequential = [name for name, _ in placed if name not in (*parallel, *normed)]
+        if normed:
+            # N(v) becomes N(v + s f(N(v))).
+            y, v = self.base_layer(*args, **kwargs), args[0]
+            v = v + sum(self._update(name, y, v.dtype) for name in normed)
+            h: torch.Tensor = self.base_layer(v, *args[1:], **kwargs)
+        elif parallel and self.adds_residual:
             # F(z) + x becomes F(z) + (x + s f(x)): the block hands x over, nothing is remembered.
             z, x, *rest = args
             update = sum(self._update(name, x, x.dtype) for name in parallel)
-            h: torch.Tensor = self.base_layer(z, x + update, *rest, **kwargs)
+            h = self.base_layer(z, x + update, *rest, **kwargs)
         else:
             h = self.base_layer(*args, **kwargs)
             if parallel:
@@ -315,6 +331,14 @@ def target_widths(model: nn.Module, config: BottleneckConfig) -> dict[str, int]:
     return {name: _width(name, modules[name], config) for name in names}
 
 
+def known_endings(model_type: str, placement: str) -> dict[str, tuple[str, ...]]:
+    """The map's endings for a model, by the name of the config's field."""
+    blocks = BLOCKS[model_type]
+    other = {"parallel": blocks.parallel, "sequential_normed": blocks.normed}
+    feed_forward = other.get(placement, blocks.feed_forward)
+    return {"attention_modules": blocks.attention, "feed_forward_modules": feed_forward}
+
+
 def register() -> None:
     """Make the method known to PEFT, once or often. `register_peft_method` would refuse a name
     that is not in PEFT's own list."""
@@ -336,9 +360,12 @@ def _fill_endings(model: nn.Module, config: BottleneckConfig) -> None:
             f"no module map for model_type {model_type!r} (there is one for "
             f"{', '.join(sorted(BLOCKS))}); set {' and '.join(missing)}; {_candidates(model)}"
         )
-    blocks = BLOCKS[model_type]
-    feed_forward = blocks.parallel if config.placement == "parallel" else blocks.feed_forward
-    known = {"attention_modules": blocks.attention, "feed_forward_modules": feed_forward}
+    known = known_endings(model_type, config.placement)
+    if not known["feed_forward_modules"]:
+        raise ValueError(
+            f"{config.placement} on {model_type}, which has no norm over the feed-forward's "
+            "residual sum; choose another placement"
+        )
     for name in missing:
         setattr(config, name, list(known[name]))
 
@@ -374,9 +401,13 @@ def _check_not_nested(modules: dict[str, nn.Module], names: list[str]) -> None:
 
 
 def _width(name: str, module: Any, config: BottleneckConfig) -> int:
-    """How wide a module's output is: as wide as that of the last linear layer in it."""
-    base = module.get_base_layer() if isinstance(module, BottleneckLayer) else module
+    """How wide a module's output is: as wide as that of the last linear layer in it, or a norm."""
+    base: Any = module.get_base_layer() if isinstance(module, BottleneckLayer) else module
     shapes = _linear_shapes(base)
+    if config.placement == "sequential_normed":
+        if shapes or getattr(base, "weight", None) is None or base.weight.ndim != 1:
+            raise ValueError(f"{name} is no norm, which {config.placement} adapters are put around")
+        return int(base.weight.numel())
     if not shapes:
         raise ValueError(f"{name} holds no linear layer, so its width is unknown")
     width = shapes[-1][1]

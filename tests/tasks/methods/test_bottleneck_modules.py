@@ -100,6 +100,14 @@ def test_a_parallel_adapter_needs_a_module_as_wide_in_as_out():
         get_peft_model(llama(), config)
 
 
+def test_an_adapter_around_a_norm_needs_one():
+    with pytest.raises(ValueError, match=r"llama, which has no norm over .*another placement"):
+        get_peft_model(llama(), config_of("sequential_normed"))
+    config = config_of("sequential_normed", feed_forward_modules=["mlp"])
+    with pytest.raises(ValueError, match="mlp is no norm"):
+        get_peft_model(llama(), config)
+
+
 def test_modules_inside_each_other_are_refused():
     config = config_of("double_sequential", attention_modules=["mlp.down_proj"])
     with pytest.raises(ValueError, match=r"mlp.down_proj lies inside .*mlp"):
@@ -109,7 +117,7 @@ def test_modules_inside_each_other_are_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"placement": "paralel"}, "choose from double_sequential, sequential, parallel"),
+        ({"placement": "paralel"}, "choose from double_sequential, sequential, .*parallel"),
         ({"reduction_factor": 0}, "at least 1"),
         ({"activation": "rellu"}, "choose from .*relu"),
         ({"activation": "prelu"}, "has weights"),

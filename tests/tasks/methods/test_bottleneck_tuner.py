@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -62,7 +69,7 @@ BASES = {
     ),
     "vit": lambda: ViTForImageClassification(ViTConfig(**SHAPE, image_size=8, patch_size=4)),
 }
-CAUSAL = ("llama", "qwen2", "gpt2")
+GENERATING = {"llama": "CAUSAL_LM", "qwen2": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 #: Each block: its name, the attention's last linear layer, the feed-forward's first and its last.
 SPLIT = ("attention.output.dense", "intermediate.dense", "output.dense")
 GATED = ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -81,11 +88,30 @@ PARTS = {
     ],
     "vit": [("vit.layers", "attention.o_proj", "mlp.fc1", "mlp.fc2")],
 }
-ACTIVATIONS = {"double_sequential": "silu", "sequential": "relu", "parallel": "gelu"}
+#: The norm over the feed-forward's residual sum, where there is one.
+NORMS = {"bert": "output.LayerNorm", "roberta": "output.LayerNorm"}
+ACTIVATIONS = {
+    "double_sequential": "silu",
+    "sequential": "relu",
+    "sequential_normed": "silu",
+    "parallel": "gelu",
+}
 SLOW = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 every_base = pytest.mark.parametrize("name", BASES)
-every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+#: Of any base; the one around a norm is for post-norm blocks.
+every_placement = pytest.mark.parametrize(
+    "placement", [placement for placement in PLACEMENTS if placement != "sequential_normed"]
+)
+every_case = pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        (name, placement)
+        for name in BASES
+        for placement in PLACEMENTS
+        if placement != "sequential_normed" or name in NORMS
+    ],
+)
 
 
 def made(name: str) -> nn.Module:
@@ -138,8 +164,7 @@ def far(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one - other).abs().max().item() > 1e-3
 
 
-@every_base
-@every_placement
+@every_case
 def test_the_trained_weights_are_those_of_the_formula(name, placement):
     # By hand, D = 32 and b = 4: 2 * 32 * 4 + 4 + 32 = 292 an adapter. T5 has two stacks.
     blocks = LAYERS * len(PARTS[name])
@@ -156,8 +181,7 @@ def test_a_bottleneck_is_at_least_one_wide():
     assert count([8], 100) == 2 * 8 + 1 + 8
 
 
-@every_base
-@every_placement
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_starts_at_the_base_bitwise(name, placement, dtype):
     base = made(name).to(dtype)
@@ -171,8 +195,7 @@ def test_training_starts_at_the_base_bitwise(name, placement, dtype):
     assert all(weight.dtype == torch.float32 for weight in trained(model).values())
 
 
-@every_base
-@every_placement
+@every_case
 def test_steps_move_the_output_and_leave_the_base_alone(name, placement):
     base_logits = logits(made(name), name)
     model = get_peft_model(made(name), config_of(placement))
@@ -221,6 +244,12 @@ def slow_logits(name: str, placement: str, model: nn.Module) -> torch.Tensor:
                         h + update(key, read[block])
                     )
                 )
+            elif placement == "sequential_normed":
+                base.get_submodule(f"{block}.{NORMS[name]}").register_forward_hook(
+                    lambda norm, args, y, key=of_feed_forward: F.layer_norm(
+                        args[0] + update(key, y), (D,), norm.weight, norm.bias, norm.eps
+                    )
+                )
             else:
                 last_module.register_forward_hook(
                     lambda _, args, h, key=of_feed_forward: h + update(key, h)
@@ -233,8 +262,7 @@ def slow_logits(name: str, placement: str, model: nn.Module) -> torch.Tensor:
     return logits(base, name)
 
 
-@every_base
-@every_placement
+@every_case
 def test_it_computes_the_formula(name, placement):
     model = tuned(name, placement)
     # The same float32 products. Only BERT's parallel update is added to the residual first, here
@@ -245,8 +273,7 @@ def test_it_computes_the_formula(name, placement):
     assert far(logits(model, name), logits(made(name), name))
 
 
-@every_base
-@every_placement
+@every_case
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_saved_adapter_reloads_bitwise(tmp_path, name, placement, low_cpu_mem_usage):
     model = tuned(name, placement)
@@ -352,9 +379,17 @@ def test_a_parallel_and_a_sequential_adapter_of_one_module():
     assert far(logits(model, "llama"), logits(source, "llama"))
 
 
-@pytest.mark.parametrize("order", [("sequential", "parallel"), ("parallel", "sequential")])
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("sequential", "parallel"),
+        ("parallel", "sequential"),
+        ("parallel", "sequential_normed"),
+    ],
+)
 def test_adapters_inside_each_other_are_refused_and_nothing_changes(order):
-    # BERT's sequential adapters are at output.dense, its parallel ones at output.
+    # BERT's sequential adapters are in output, at its dense layer or its norm; its parallel ones
+    # are at output itself.
     model = tuned("bert", order[0])
     before, keys = logits(model, "bert"), list(model.state_dict())
     with pytest.raises(ValueError, match=r"lies inside .*a model each"):
@@ -364,8 +399,7 @@ def test_adapters_inside_each_other_are_refused_and_nothing_changes(order):
     assert torch.equal(logits(model, "bert"), before)
 
 
-@every_base
-@every_placement
+@every_case
 def test_it_does_not_merge_but_unloads(name, placement):
     model = tuned(name, placement)
     before = logits(model, name)
@@ -378,40 +412,62 @@ def test_it_does_not_merge_but_unloads(name, placement):
     assert torch.equal(logits(plain, name), logits(made(name), name))
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", GENERATING)
 @every_placement
 def test_it_generates_the_same_with_and_without_a_cache(name, placement):
-    model = tuned(name, placement, task_type="CAUSAL_LM")
+    model = tuned(name, placement, task_type=GENERATING[name])
     ids = inputs(name)["input_ids"]
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(input_ids=ids, use_cache=True, **settings)
-    assert cached.shape == (2, 17)
+    # After the prompt, or T5's one token to start from.
+    assert cached.shape == (2, 9 if name == "t5" else 17)
     assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **settings))
     base = made(name).generate(input_ids=ids, **settings)
     assert not torch.equal(cached, base)
 
 
-@every_base
-@every_placement
-def test_checkpointing_gives_the_same_gradients(name, placement):
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_case
+def test_checkpointing_gives_the_same_gradients(name, placement, reentrant):
     gradients = []
     for checkpointing in (False, True):
         base = made(name)
         if checkpointing:
-            base.gradient_checkpointing_enable()
+            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model = shake(get_peft_model(base, config_of(placement))).train()
         # The same dropout in both.
         torch.manual_seed(4)
         model(**inputs(name)).loss.backward()
         gradients.append({key: weight.grad for key, weight in trained(model).items()})
     plain, recomputed = gradients
-    # The same products in the same order.
-    assert all(torch.equal(recomputed[key], gradient) for key, gradient in plain.items())
+    # The same products in the same order; but what T5's decoder blocks hand back to its encoder
+    # adds up in another: a few roundings of gradients near 0.1, 7e-9 each.
+    rounding = 1e-7 if name == "t5" else 0
+    for key, gradient in plain.items():
+        torch.testing.assert_close(recomputed[key], gradient, rtol=0, atol=rounding)
     assert all(gradient.abs().max() > 0 for gradient in plain.values())
 
 
-@every_base
-@every_placement
+@every_case
+def test_the_state_dict_makes_the_round(name, placement):
+    model, other = tuned(name, placement), get_peft_model(made(name), config_of(placement)).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, name), logits(model, name))
+    other = get_peft_model(made(name), config_of(placement)).eval()
+    assert not set_peft_model_state_dict(other, get_peft_model_state_dict(model)).unexpected_keys
+    assert torch.equal(logits(other, name), logits(model, name))
+    assert torch.equal(logits(copy.deepcopy(model), name), logits(model, name))
+
+
+@every_case
+def test_the_last_adapter_deleted_leaves_the_base(name, placement):
+    model = tuned(name, placement)
+    model.delete_adapter("default")
+    # PEFT's own wrapper still looks for the adapter that it deleted.
+    assert torch.equal(logits(model.base_model.model, name), logits(made(name), name))
+
+
+@every_case
 def test_mixed_precision(name, placement):
     model = tuned(name, placement)
     exact = logits(model, name)
