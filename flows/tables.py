@@ -50,6 +50,10 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
         Line("", "trained parameters", reader("trainable_parameters"), ",.0f", True),
         Line("", "% of the base", reader("trainable_share", 100), ".2f", True),
         Line("memory", "training peak MiB", reader("train_peak_mib"), ",.0f", True),
+        *(
+            Line("", f"· {part}", reader(f"train_{part}_mib"), ",.1f", None)
+            for part in ("weights", "gradients", "optimiser", "activations", "rest")
+        ),
         Line("", "generating peak MiB", reader("generate_peak_mib"), ",.0f", True),
         Line(
             "computation",

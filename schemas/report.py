@@ -66,6 +66,15 @@ class Memory(Strict):
     """MiB. CPU: peak resident set of the isolated process minus its floor before loading."""
 
     train_peak_mib: float | None
+    train_weights_mib: float | None = Field(None, description="All of the model's, as held.")
+    train_gradients_mib: float | None = Field(None, description="Of the weights that learn.")
+    train_optimiser_mib: float | None = Field(None, description="Its moments.")
+    train_activations_mib: float | None = Field(
+        None, description="What autograd keeps of the run's largest micro-batch."
+    )
+    train_rest_mib: float | None = Field(
+        None, description="The peak without these parts, which are never all there at once."
+    )
     generate_peak_mib: float
     base_generate_peak_mib: float
 

@@ -66,7 +66,7 @@ class TrainSpec(Spec):
     """paths: prepared, base. The entry: model/ (adapter or whole model), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 
@@ -83,7 +83,7 @@ class EvaluateSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     task: Task
     subject: Literal["base", "candidate", "finished"]

@@ -36,7 +36,7 @@ def measure(
         warn_if_base(model, base, paths["prepared"])
         scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
         retained = retention(subject, model, base, paths["prepared"])
-        used = probes.read(started, subject.training_facts.get("train_peak_mib"))
+        used = probes.read(started, subject.training_facts)
     overhead = inference_overhead(subject, model, base, spec, paths)
     stored = storage.measure(subject, base)
     del base  # full fine-tuning is measured next, and wants the room

@@ -49,7 +49,10 @@ def how(spec: EvaluateSpec) -> str:
     )
     return (
         f"generating: {figure}, in a process of its own for subject and base each; work: {work}. "
-        "Training: as measured by the train stage"
+        "Training: peak of the train stage's own process; of it, by the sizes of the tensors: all "
+        "weights, gradients of those that learn, the optimiser's state, and what autograd keeps of "
+        "the run's largest micro-batch; the rest is what is left of the peak, below 0 where these "
+        "are large and not all there at once"
     )
 
 

@@ -82,7 +82,9 @@ def test_candidate_has_every_figure_that_a_bound_can_name(candidate, causal) -> 
     assert (
         facts["intervals"]["loss"][0] <= facts["figures"]["loss"] <= facts["intervals"]["loss"][1]
     )
-    assert facts["figures"]["train_peak_mib"] == 12.5  # as the train entry's manifest says
+    # As the train entry's manifest says.
+    assert facts["figures"]["train_peak_mib"] == 12.5
+    assert facts["figures"]["train_rest_mib"] == -0.5
     assert report.accuracy.retention_change != 0
     assert 0 < report.computation.flops_ratio_to_full < 1
 
@@ -168,7 +170,7 @@ def test_memory_is_the_weights_and_little_more(causal, tmp_path) -> None:
     weights_mib = sum(weight.numel() for weight in model.parameters()) * 4 / 2**20
     del model
     started = probes.start(causal.spec, causal.paths | {"base": tmp_path / "base"})
-    used = probes.read(started, None)
+    used = probes.read(started, {})
     assert weights_mib <= used.generate_peak_mib <= weights_mib + 8
 
 
@@ -192,7 +194,7 @@ def test_a_failed_probe_is_an_error() -> None:
         text=True,
     )
     with pytest.raises(StageError, match="memory measurement failed:\nno room"):
-        probes.read({"base": probes.Probe(process)}, None)
+        probes.read({"base": probes.Probe(process)}, {})
 
 
 def test_a_merged_model_without_its_train_entry_says_so(causal_lora, tmp_path, capsys) -> None:
