@@ -47,6 +47,7 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
     """The figures that at least one subject has, by criterion."""
     fixed = [
         Line("storage", "shipped MiB", reader("shipped_bytes", 2**-20), ",.2f", True),
+        Line("", "ten tasks, MiB", reader("ten_tasks_bytes", 2**-20), ",.2f", True),
         Line("", "trained parameters", reader("trainable_parameters"), ",.0f", True),
         Line("", "% of the base", reader("trainable_share", 100), ".2f", True),
         Line("memory", "training peak MiB", reader("train_peak_mib"), ",.0f", True),

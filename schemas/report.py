@@ -58,6 +58,9 @@ class Interval(Strict):
 
 class Storage(Strict):
     shipped_bytes: int = Field(description="Bytes that must be shipped for this task.")
+    ten_tasks_bytes: int | None = Field(
+        None, description="Bytes of ten such tasks: on one base, or ten whole models."
+    )
     trainable_parameters: int
     trainable_share: float = Field(description="Of the base's parameters, 0 to 1.")
 
@@ -141,6 +144,7 @@ class CriteriaReport(Strict):
         computation = self.computation.model_dump()
         flat: dict[str, float | None] = {
             "shipped_bytes": self.storage.shipped_bytes,
+            "ten_tasks_bytes": self.storage.ten_tasks_bytes,
             "adapter_mib": self.storage.shipped_bytes / 2**20,
             "trainable_parameters": self.storage.trainable_parameters,
             "trainable_share": self.storage.trainable_share,
@@ -169,7 +173,7 @@ TASK_METRICS: dict[str, dict[str, bool]] = {
 
 def figure_names(task: str, batch_sizes: list[int]) -> list[str]:
     """The names that `CriteriaReport.figures()` may have for a task: what a bound can speak of."""
-    names = [*TASK_METRICS[task], "shipped_bytes", "adapter_mib"]
+    names = [*TASK_METRICS[task], "shipped_bytes", "ten_tasks_bytes", "adapter_mib"]
     names += ["trainable_parameters", "trainable_share"]
     names += [*Memory.model_fields, *Computation.model_fields]
     names += ["retention_loss", "retention_change"]

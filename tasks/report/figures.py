@@ -60,6 +60,7 @@ _KNOWN = [
     Figure("retention_change", "accuracy", "Forgetting, against the base", NATS, "lower", 3),
     Figure("shipped_bytes", "storage", "Shipped for this task", MIB_OF_BYTES, "lower"),
     Figure("adapter_mib", "storage", "Shipped for this task", MIB, "lower"),
+    Figure("ten_tasks_bytes", "storage", "Ten such tasks", MIB_OF_BYTES, "lower"),
     Figure("trainable_parameters", "storage", "Trained parameters", COUNT, "lower"),
     Figure("trainable_share", "storage", "Trained share of the base", PERCENT, "lower"),
     Figure("train_peak_mib", "memory", "Peak, training", MIB, "lower"),
