@@ -82,7 +82,11 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
     for first, criterion in ((accuracy, "accuracy"), (ratios, "time × base")):
         if first:
             first[0] = Line(criterion, *list(vars(first[0]).values())[1:])
-    shown = [*fixed, *accuracy, *ratios]
+    swaps = [
+        Line("swapping", "one adapter to another, ms", reader("swap_ms"), ".2f", True),
+        Line("", "ten adapters, MiB", reader("ten_adapters_mib"), ",.2f", True),
+    ]
+    shown = [*fixed, *accuracy, *ratios, *swaps]
     return [line for line in shown if any(line.get(s) is not None for s in subjects)]
 
 

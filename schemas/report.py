@@ -117,6 +117,14 @@ class Latency(Strict):
     token_ratio: float | None
 
 
+class Swapping(Strict):
+    """Ten adapters of the subject's shapes on one loaded base."""
+
+    swap_ms: float = Field(description="Median of going from one to the next.")
+    ten_adapters_mib: float = Field(description="Their tensors, beside the base's.")
+    equal: bool = Field(description="Coming back gives the logits of a fresh load, bit for bit.")
+
+
 class Example(Strict):
     prompt: str
     expected: str
@@ -134,6 +142,7 @@ class CriteriaReport(Strict):
     computation: Computation
     accuracy: Accuracy
     inference_overhead: list[Latency]
+    swapping: Swapping | None = Field(None, description="None for what is no adapter.")
     examples: list[Example]
     device: str = Field(description="cpu, or the GPU's name.")
     dtype: str
@@ -155,6 +164,8 @@ class CriteriaReport(Strict):
         }
         for name, interval in self.accuracy.metrics.items():
             flat[name] = interval.value
+        if self.swapping is not None:
+            flat |= self.swapping.model_dump(exclude={"equal"})
         for row in self.inference_overhead:
             tag = f"b{row.batch_size}" + ("_merged" if row.merged else "")
             flat |= {
@@ -176,7 +187,7 @@ def figure_names(task: str, batch_sizes: list[int]) -> list[str]:
     names = [*TASK_METRICS[task], "shipped_bytes", "ten_tasks_bytes", "adapter_mib"]
     names += ["trainable_parameters", "trainable_share"]
     names += [*Memory.model_fields, *Computation.model_fields]
-    names += ["retention_loss", "retention_change"]
+    names += ["retention_loss", "retention_change", "swap_ms", "ten_adapters_mib"]
     timed = [name for name in Latency.model_fields if name not in ("batch_size", "merged")]
     if task != "causal-lm":
         timed = [name for name in timed if not name.startswith("token_")]

@@ -77,6 +77,8 @@ _KNOWN = [
     Figure("step_time_s", "computation", "Optimiser step", SECONDS, "lower"),
     Figure("step_time_ratio_to_full", "computation", "Optimiser step", OF_FULL, "lower", 2),
     Figure("train_tokens_per_s", "computation", "Training rate", RATE, "higher"),
+    Figure("swap_ms", "overhead", "Change of adapter", MS, "lower"),
+    Figure("ten_adapters_mib", "overhead", "Ten adapters in memory", MIB, "lower"),
 ]
 KNOWN = {figure.name: figure for figure in _KNOWN}
 ORDER = {figure.name: place for place, figure in enumerate(_KNOWN)}

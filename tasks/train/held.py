@@ -6,12 +6,12 @@ it depends on the counting. It costs one forward pass, over the run's largest mi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import chain
 
 import torch
 from torch import nn
 
+from tasks.core.runtime import tensor_bytes
 from tasks.train.batching import Rows, held_tokens, micro_batches
 from tasks.train.loop import Job
 from tasks.train.memory import MIB, saved_bytes
@@ -34,20 +34,14 @@ def parts_mib(
     with job.accelerator.autocast():
         activations = saved_bytes(model, batch, job.dtype)
     parts = {
-        "weights": bytes_of(chain(model.parameters(), model.buffers())),
+        "weights": tensor_bytes(chain(model.parameters(), model.buffers())),
         # Autograd gives each weight that learns a gradient of its own shape and dtype.
-        "gradients": bytes_of(weights.values()),
-        "optimiser": bytes_of(value for value in state if isinstance(value, torch.Tensor)),
+        "gradients": tensor_bytes(weights.values()),
+        "optimiser": tensor_bytes(value for value in state if isinstance(value, torch.Tensor)),
         "activations": activations,
     }
     held = {f"train_{name}_mib": count / MIB for name, count in parts.items()}
     return held | {"train_rest_mib": peak_mib - sum(held.values())}
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind some tensors, each once: tied weights are one."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def largest_micro_batch(job: Job) -> Rows:

@@ -23,7 +23,7 @@ from tasks.evaluate.measure import warn_if_base
 from tasks.evaluate.stage import run
 from tasks.evaluate.subject import read_subject
 
-CRITERIA = {"storage", "memory", "computation", "accuracy", "inference_overhead"}
+CRITERIA = {"storage", "memory", "computation", "accuracy", "inference_overhead", "swapping"}
 
 
 def read(out: Path) -> tuple[CriteriaReport, list[dict[str, Any]]]:
@@ -68,6 +68,7 @@ def test_base_through_the_command_line(causal, tmp_path) -> None:
     assert report.accuracy.retention_change == 0
     assert report.memory.generate_peak_mib == report.memory.base_generate_peak_mib
     assert report.computation.backward_flops_per_token is None
+    assert report.swapping is None
     assert [row.prefill_ratio for row in report.inference_overhead] == [1.0, 1.0]
     assert [line["row"] for line in predictions] == list(range(1, 15))
     assert entry.facts["figures"] == report.figures()

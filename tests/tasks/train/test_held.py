@@ -13,12 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from schemas.report import Memory
 from schemas.stages import TrainSpec
 from tasks.core.models import load_base
+from tasks.core.runtime import tensor_bytes
 from tasks.core.tokens import TokenRows
 from tasks.methods.method import trained
 from tasks.methods.table import method_for
 from tasks.train import stage
 from tasks.train.batching import micro_batches
-from tasks.train.held import bytes_of, largest_micro_batch, parts_mib
+from tasks.train.held import largest_micro_batch, parts_mib
 from tasks.train.loop import Job, make_optimizer, train
 from tasks.train.loss import loss_sum
 from tasks.train.memory import MIB, saved_bytes
@@ -140,4 +141,4 @@ def test_counting_leaves_the_trained_bytes_as_they_are(paths, tmp_path, monkeypa
 
 def test_views_of_one_storage_count_once():
     tensor = torch.zeros(10)
-    assert bytes_of([tensor, tensor[2:], tensor.view(2, 5)]) == 40
+    assert tensor_bytes([tensor, tensor[2:], tensor.view(2, 5)]) == 40
