@@ -91,10 +91,12 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
 
 
 def words(name: str) -> str:
-    """`token_ratio_b8_merged` as `token, batch 8, merged`."""
+    """`token_ratio_b8_p256_merged` as `token, batch 8, 256 tokens, merged`."""
     what, _, rest = name.partition("_ratio_b")
-    size, _, merged = rest.partition("_")
-    return f"{what}, batch {size}" + (", merged" if merged else "")
+    size, *others = rest.split("_")
+    shown = [what, f"batch {size}"]
+    shown += [f"{other[1:]} tokens" if other[0] == "p" else other for other in others]
+    return ", ".join(shown)
 
 
 def criteria_table(record: RunRecord) -> Table:

@@ -6,6 +6,7 @@ Every figure names its unit here and, in `how`, the way it was measured. The fla
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -105,9 +106,10 @@ class Accuracy(Strict):
 
 
 class Latency(Strict):
-    """One batch size. ms; ratios are medians to the base's in the same process."""
+    """One batch size and prompt length. ms; ratios are medians to the base's beside it."""
 
     batch_size: int
+    prompt_tokens: int | None = Field(None, description="As the recipe asks for.")
     merged: bool
     prefill_p50_ms: float
     prefill_p95_ms: float
@@ -167,12 +169,26 @@ class CriteriaReport(Strict):
         if self.swapping is not None:
             flat |= self.swapping.model_dump(exclude={"equal"})
         for row in self.inference_overhead:
-            tag = f"b{row.batch_size}" + ("_merged" if row.merged else "")
-            flat |= {
-                f"{figure}_{tag}": value
-                for figure, value in row.model_dump(exclude={"batch_size", "merged"}).items()
-            }
+            tag = self.tag(row)
+            timed = row.model_dump(exclude=set(LATENCY_PLACE))
+            flat |= {f"{figure}_{tag}": value for figure, value in timed.items()}
         return {name: float(value) for name, value in flat.items() if value is not None}
+
+    def tag(self, row: Latency) -> str:
+        """What the names of a latency's figures end in."""
+        first = self.inference_overhead[0].prompt_tokens
+        length = row.prompt_tokens if row.prompt_tokens != first else None
+        return latency_tag(row.batch_size, length, row.merged)
+
+
+#: The fields of `Latency` that say what was timed, and are no figures.
+LATENCY_PLACE = ("batch_size", "prompt_tokens", "merged")
+
+
+def latency_tag(batch_size: int, prompt_tokens: int | None, merged: bool) -> str:
+    """`b1`, `b8_p256_merged`; prompt_tokens: None for the first of the recipe's lengths."""
+    length = "" if prompt_tokens is None else f"_p{prompt_tokens}"
+    return f"b{batch_size}{length}" + ("_merged" if merged else "")
 
 
 #: The metrics of each task, and whether more is better.
@@ -182,18 +198,18 @@ TASK_METRICS: dict[str, dict[str, bool]] = {
 }
 
 
-def figure_names(task: str, batch_sizes: list[int]) -> list[str]:
+def figure_names(task: str, batch_sizes: list[int], prompt_lengths: list[int]) -> list[str]:
     """The names that `CriteriaReport.figures()` may have for a task: what a bound can speak of."""
     names = [*TASK_METRICS[task], "shipped_bytes", "ten_tasks_bytes", "adapter_mib"]
     names += ["trainable_parameters", "trainable_share"]
     names += [*Memory.model_fields, *Computation.model_fields]
     names += ["retention_loss", "retention_change", "swap_ms", "ten_adapters_mib"]
-    timed = [name for name in Latency.model_fields if name not in ("batch_size", "merged")]
+    timed = [name for name in Latency.model_fields if name not in LATENCY_PLACE]
     if task != "causal-lm":
         timed = [name for name in timed if not name.startswith("token_")]
-    for size in batch_sizes:
-        for figure in timed:
-            names += [f"{figure}_b{size}", f"{figure}_b{size}_merged"]
+    lengths = [None, *prompt_lengths[1:]]
+    for size, length, figure in product(batch_sizes, lengths, timed):
+        names += [f"{figure}_{latency_tag(size, length, merged)}" for merged in (False, True)]
     return names
 
 

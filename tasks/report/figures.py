@@ -83,7 +83,7 @@ _KNOWN = [
 KNOWN = {figure.name: figure for figure in _KNOWN}
 ORDER = {figure.name: place for place, figure in enumerate(_KNOWN)}
 
-LATENCY = re.compile(r"(prefill|token)_(p50_ms|p95_ms|ratio)_b(\d+)(_merged)?")
+LATENCY = re.compile(r"(prefill|token)_(p50_ms|p95_ms|ratio)_b(\d+)(?:_p(\d+))?(_merged)?")
 
 
 def figure(name: str) -> Figure:
@@ -94,19 +94,21 @@ def figure(name: str) -> Figure:
     if match is None:
         return Figure(name, "accuracy", name.replace("_", " ").capitalize(), PLAIN, None)
     phase = "Prefill" if match[1] == "prefill" else "Per token"
-    where = f"batch {match[3]}" + (", merged" if match[4] else "")
+    where = f"batch {match[3]}" + (f", {match[4]} tokens" if match[4] else "")
+    where += ", merged" if match[5] else ""
     if match[2] == "ratio":
         return Figure(name, "overhead", f"{phase}, {where}", OF_BASE, "lower", 2)
     phase += " p95" if match[2] == "p95_ms" else ""
     return Figure(name, "overhead", f"{phase}, {where}", MS, "lower")
 
 
-def page_order(name: str) -> tuple[int, int, int, str]:
+def page_order(name: str) -> tuple[int, int, int, int, str]:
     """Sorts figure names as the table shows them."""
     match = LATENCY.fullmatch(name)
     batch = int(match[3]) if match else 0
+    length = int(match[4] or 0) if match else 0  # the recipe's first length has no number
     criterion = list(CRITERIA).index(figure(name).criterion)
-    return criterion, ORDER.get(name, len(ORDER)), batch, name
+    return criterion, ORDER.get(name, len(ORDER)), length, batch, name
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def spec_for(task: str) -> EvaluateSpec:
         task=task,
         subject="base",
         evaluate=Evaluate(
-            max_new_tokens=12, batch_sizes=[1, 3], prompt_tokens=16, repeats=3, bootstrap=100
+            max_new_tokens=12, batch_sizes=[1, 3], prompt_tokens=[16, 8], repeats=3, bootstrap=100
         ),
         train=Train(batch_tokens=256),
         dtype="float32",

@@ -69,7 +69,7 @@ def test_base_through_the_command_line(causal, tmp_path) -> None:
     assert report.memory.generate_peak_mib == report.memory.base_generate_peak_mib
     assert report.computation.backward_flops_per_token is None
     assert report.swapping is None
-    assert [row.prefill_ratio for row in report.inference_overhead] == [1.0, 1.0]
+    assert [row.prefill_ratio for row in report.inference_overhead] == [1.0] * 4
     assert [line["row"] for line in predictions] == list(range(1, 15))
     assert entry.facts["figures"] == report.figures()
 
@@ -77,7 +77,8 @@ def test_base_through_the_command_line(causal, tmp_path) -> None:
 def test_candidate_has_every_figure_that_a_bound_can_name(candidate, causal) -> None:
     report, _, facts = candidate
     assert set(report.how) == CRITERIA
-    names = figure_names("causal-lm", causal.spec.evaluate.batch_sizes)
+    evaluate = causal.spec.evaluate
+    names = figure_names("causal-lm", evaluate.batch_sizes, evaluate.prompt_lengths)
     assert sorted(facts["figures"]) == sorted(names)
     assert facts["method"] == "lora"
     assert (
