@@ -47,9 +47,14 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
     """The figures that at least one subject has, by criterion."""
     fixed = [
         Line("storage", "shipped MiB", reader("shipped_bytes", 2**-20), ",.2f", True),
+        Line("", "ten tasks, MiB", reader("ten_tasks_bytes", 2**-20), ",.2f", True),
         Line("", "trained parameters", reader("trainable_parameters"), ",.0f", True),
         Line("", "% of the base", reader("trainable_share", 100), ".2f", True),
         Line("memory", "training peak MiB", reader("train_peak_mib"), ",.0f", True),
+        *(
+            Line("", f"· {part}", reader(f"train_{part}_mib"), ",.1f", None)
+            for part in ("weights", "gradients", "optimiser", "activations", "rest")
+        ),
         Line("", "generating peak MiB", reader("generate_peak_mib"), ",.0f", True),
         Line(
             "computation",
@@ -77,15 +82,21 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
     for first, criterion in ((accuracy, "accuracy"), (ratios, "time × base")):
         if first:
             first[0] = Line(criterion, *list(vars(first[0]).values())[1:])
-    shown = [*fixed, *accuracy, *ratios]
+    swaps = [
+        Line("swapping", "one adapter to another, ms", reader("swap_ms"), ".2f", True),
+        Line("", "ten adapters, MiB", reader("ten_adapters_mib"), ",.2f", True),
+    ]
+    shown = [*fixed, *accuracy, *ratios, *swaps]
     return [line for line in shown if any(line.get(s) is not None for s in subjects)]
 
 
 def words(name: str) -> str:
-    """`token_ratio_b8_merged` as `token, batch 8, merged`."""
+    """`token_ratio_b8_p256_merged` as `token, batch 8, 256 tokens, merged`."""
     what, _, rest = name.partition("_ratio_b")
-    size, _, merged = rest.partition("_")
-    return f"{what}, batch {size}" + (", merged" if merged else "")
+    size, *others = rest.split("_")
+    shown = [what, f"batch {size}"]
+    shown += [f"{other[1:]} tokens" if other[0] == "p" else other for other in others]
+    return ", ".join(shown)
 
 
 def criteria_table(record: RunRecord) -> Table:

@@ -214,7 +214,7 @@ def _figure_problems(source: _Document) -> Iterator[Problem]:
     sizes = source.get("evaluate", "batch_sizes")
     if not isinstance(sizes, list):
         sizes = Evaluate().batch_sizes
-    known = figure_names(task, sizes)
+    known = figure_names(task, sizes, _prompt_lengths(source))
     named: list[tuple[list[int | str], Any]] = []
     for goal in ("maximize", "minimize", "prefer"):
         named.append((["select", goal], source.get("select", goal)))
@@ -229,6 +229,15 @@ def _figure_problems(source: _Document) -> Iterator[Problem]:
                 f"unknown figure {figure!r}",
                 f"{_nearest(figure, known)}A {task} report has: {', '.join(known)}",
             )
+
+
+def _prompt_lengths(source: _Document) -> list[int]:
+    """The recipe's, or the default where what it gives is none (and told elsewhere)."""
+    given = source.get("evaluate", "prompt_tokens")
+    try:
+        return Evaluate.model_validate({"prompt_tokens": given}).prompt_lengths
+    except ValueError:
+        return Evaluate().prompt_lengths
 
 
 def _file_problems(source: _Document) -> Iterator[Problem]:

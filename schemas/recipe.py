@@ -136,9 +136,23 @@ class Evaluate(Frozen):
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=lambda: [1, 8], min_length=1
     )
-    prompt_tokens: int = Field(64, ge=1, description="Prompt length for the latency figures.")
+    prompt_tokens: Annotated[
+        Annotated[int, Field(ge=1), Tag("one")]
+        | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1), Tag("several")],
+        Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+    ] = Field(
+        64,
+        description="Prompt length for the latency figures, or several, e.g. [64, 16, 256]: the "
+        "figures of the first have the plain names, those of 256 end in _p256.",
+    )
     repeats: int = Field(20, ge=3, description="Timed repeats of each latency figure.")
     bootstrap: int = Field(1000, ge=100, description="Resamples for the 95 % intervals.")
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Each of `prompt_tokens` once, in the recipe's order."""
+        given = self.prompt_tokens
+        return list(dict.fromkeys(given if isinstance(given, list) else [given]))
 
 
 def checked_bound(value: Any) -> Any:

@@ -6,6 +6,7 @@ Every figure names its unit here and, in `how`, the way it was measured. The fla
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,6 +59,9 @@ class Interval(Strict):
 
 class Storage(Strict):
     shipped_bytes: int = Field(description="Bytes that must be shipped for this task.")
+    ten_tasks_bytes: int | None = Field(
+        None, description="Bytes of ten such tasks: on one base, or ten whole models."
+    )
     trainable_parameters: int
     trainable_share: float = Field(description="Of the base's parameters, 0 to 1.")
 
@@ -66,6 +70,15 @@ class Memory(Strict):
     """MiB. CPU: peak resident set of the isolated process minus its floor before loading."""
 
     train_peak_mib: float | None
+    train_weights_mib: float | None = Field(None, description="All of the model's, as held.")
+    train_gradients_mib: float | None = Field(None, description="Of the weights that learn.")
+    train_optimiser_mib: float | None = Field(None, description="Its moments.")
+    train_activations_mib: float | None = Field(
+        None, description="What autograd keeps of the run's largest micro-batch."
+    )
+    train_rest_mib: float | None = Field(
+        None, description="The peak without these parts, which are never all there at once."
+    )
     generate_peak_mib: float
     base_generate_peak_mib: float
 
@@ -93,9 +106,10 @@ class Accuracy(Strict):
 
 
 class Latency(Strict):
-    """One batch size. ms; ratios are medians to the base's in the same process."""
+    """One batch size and prompt length. ms; ratios are medians to the base's beside it."""
 
     batch_size: int
+    prompt_tokens: int | None = Field(None, description="As the recipe asks for.")
     merged: bool
     prefill_p50_ms: float
     prefill_p95_ms: float
@@ -158,6 +172,14 @@ class Comparison(Strict):
         )
 
 
+class Swapping(Strict):
+    """Ten adapters of the subject's shapes on one loaded base."""
+
+    swap_ms: float = Field(description="Median of going from one to the next.")
+    ten_adapters_mib: float = Field(description="Their tensors, beside the base's.")
+    equal: bool = Field(description="Coming back gives the logits of a fresh load, bit for bit.")
+
+
 class Example(Strict):
     prompt: str
     expected: str
@@ -175,6 +197,7 @@ class CriteriaReport(Strict):
     computation: Computation
     accuracy: Accuracy
     inference_overhead: list[Latency]
+    swapping: Swapping | None = Field(None, description="None for what is no adapter.")
     examples: list[Example]
     device: str = Field(description="cpu, or the GPU's name.")
     dtype: str
@@ -185,6 +208,7 @@ class CriteriaReport(Strict):
         computation = self.computation.model_dump()
         flat: dict[str, float | None] = {
             "shipped_bytes": self.storage.shipped_bytes,
+            "ten_tasks_bytes": self.storage.ten_tasks_bytes,
             "adapter_mib": self.storage.shipped_bytes / 2**20,
             "trainable_parameters": self.storage.trainable_parameters,
             "trainable_share": self.storage.trainable_share,
@@ -195,13 +219,29 @@ class CriteriaReport(Strict):
         }
         for name, interval in self.accuracy.metrics.items():
             flat[name] = interval.value
+        if self.swapping is not None:
+            flat |= self.swapping.model_dump(exclude={"equal"})
         for row in self.inference_overhead:
-            tag = f"b{row.batch_size}" + ("_merged" if row.merged else "")
-            flat |= {
-                f"{figure}_{tag}": value
-                for figure, value in row.model_dump(exclude={"batch_size", "merged"}).items()
-            }
+            tag = self.tag(row)
+            timed = row.model_dump(exclude=set(LATENCY_PLACE))
+            flat |= {f"{figure}_{tag}": value for figure, value in timed.items()}
         return {name: float(value) for name, value in flat.items() if value is not None}
+
+    def tag(self, row: Latency) -> str:
+        """What the names of a latency's figures end in."""
+        first = self.inference_overhead[0].prompt_tokens
+        length = row.prompt_tokens if row.prompt_tokens != first else None
+        return latency_tag(row.batch_size, length, row.merged)
+
+
+#: The fields of `Latency` that say what was timed, and are no figures.
+LATENCY_PLACE = ("batch_size", "prompt_tokens", "merged")
+
+
+def latency_tag(batch_size: int, prompt_tokens: int | None, merged: bool) -> str:
+    """`b1`, `b8_p256_merged`; prompt_tokens: None for the first of the recipe's lengths."""
+    length = "" if prompt_tokens is None else f"_p{prompt_tokens}"
+    return f"b{batch_size}{length}" + ("_merged" if merged else "")
 
 
 #: The metrics of each task, and whether more is better.
@@ -211,18 +251,18 @@ TASK_METRICS: dict[str, dict[str, bool]] = {
 }
 
 
-def figure_names(task: str, batch_sizes: list[int]) -> list[str]:
+def figure_names(task: str, batch_sizes: list[int], prompt_lengths: list[int]) -> list[str]:
     """The names that `CriteriaReport.figures()` may have for a task: what a bound can speak of."""
-    names = [*TASK_METRICS[task], "shipped_bytes", "adapter_mib"]
+    names = [*TASK_METRICS[task], "shipped_bytes", "ten_tasks_bytes", "adapter_mib"]
     names += ["trainable_parameters", "trainable_share"]
     names += [*Memory.model_fields, *Computation.model_fields]
-    names += ["retention_loss", "retention_change"]
-    timed = [name for name in Latency.model_fields if name not in ("batch_size", "merged")]
+    names += ["retention_loss", "retention_change", "swap_ms", "ten_adapters_mib"]
+    timed = [name for name in Latency.model_fields if name not in LATENCY_PLACE]
     if task != "causal-lm":
         timed = [name for name in timed if not name.startswith("token_")]
-    for size in batch_sizes:
-        for figure in timed:
-            names += [f"{figure}_b{size}", f"{figure}_b{size}_merged"]
+    lengths = [None, *prompt_lengths[1:]]
+    for size, length, figure in product(batch_sizes, lengths, timed):
+        names += [f"{figure}_{latency_tag(size, length, merged)}" for merged in (False, True)]
     return names
 
 

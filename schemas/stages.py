@@ -67,7 +67,7 @@ class TrainSpec(Spec):
     """paths: prepared, base. The entry: model/ (adapter or whole model), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 

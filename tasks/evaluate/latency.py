@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 
 from schemas.recipe import Evaluate
 from schemas.report import Latency
-from tasks.core.progress import bar
+from tasks.core.progress import bar, warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
 from tasks.evaluate.batches import Inputs, run_on
@@ -44,8 +44,9 @@ def how(evaluate: Evaluate, task: str, threads: int) -> str:
         if task == "causal-lm"
         else " (a classification decodes nothing)"
     )
+    lengths = " or ".join(str(length) for length in evaluate.prompt_lengths)
     return (
-        f"forward pass over {evaluate.prompt_tokens} prompt tokens{decoded}; "
+        f"forward pass over {lengths} prompt tokens{decoded}; "
         f"{WARM_UPS} warm-ups, {evaluate.repeats} repeats, models taking turns in one process "
         f"({threads} threads); p50 and p95, ratio of the medians to the base's"
     )
@@ -58,7 +59,10 @@ def measure(
     evaluate: Evaluate,
     merged: frozenset[str],
 ) -> list[Latency]:
-    """One row for each model and batch size, but for the reference alone among others.
+    """One row for each model, prompt length and batch size, but for the reference among others.
+
+    The recipe's first prompt length comes first, cut where the context is shorter; a further one
+    that does not fit is left out, aloud.
 
     Args:
         models: name to model; `base` is the reference. Alone, it is measured against itself.
@@ -66,11 +70,12 @@ def measure(
     """
     results: list[Latency] = []
     orders = list(permutations(models))
-    rounds = len(evaluate.batch_sizes) * (WARM_UPS + evaluate.repeats)
+    lengths = prompt_lengths(models["base"], evaluate)
+    sizes = list(product(lengths, evaluate.batch_sizes))
+    rounds = len(sizes) * (WARM_UPS + evaluate.repeats)
     with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
-        for batch_size in evaluate.batch_sizes:
-            length = workload.prompt_length(models["base"], evaluate.prompt_tokens, DECODE_TOKENS)
-            batch = workload.inputs(rows, task, batch_size, length)
+        for length, batch_size in sizes:
+            batch = workload.inputs(rows, task, batch_size, lengths[length])
             times = {name: Times() for name in models}
             for turn in range(WARM_UPS + evaluate.repeats):
                 # Every order in turn: what a model leaves in the caches meets all others alike.
@@ -80,8 +85,22 @@ def measure(
                 progress.advance()
             for name in models:
                 if name != "base" or len(models) == 1:
-                    results.append(summary(times[name], times["base"], batch_size, name in merged))
+                    place = (batch_size, length, name in merged)
+                    results.append(summary(times[name], times["base"], *place))
     return results
+
+
+def prompt_lengths(base: torch.nn.Module, evaluate: Evaluate) -> dict[int, int]:
+    """Each prompt length of the recipe that can be had: the tokens that are timed for it."""
+    fitting = {
+        length: workload.prompt_length(base, length, DECODE_TOKENS)
+        for length in evaluate.prompt_lengths
+    }
+    cut = [length for length in evaluate.prompt_lengths[1:] if fitting[length] < length]
+    for length in cut:
+        del fitting[length]
+        warn(f"{length} prompt tokens do not fit into the base's context: left out of latency")
+    return fitting
 
 
 def time_once(model: torch.nn.Module, batch: Inputs, task: str, sink: Times) -> None:
@@ -130,11 +149,14 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summary(times: Times, base: Times, batch_size: int, merged: bool) -> Latency:
+def summary(
+    times: Times, base: Times, batch_size: int, prompt_tokens: int, merged: bool
+) -> Latency:
     """Quantiles of one model's times, and its medians over the base's."""
     decodes = bool(times.token)
     return Latency(
         batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
         merged=merged,
         prefill_p50_ms=quantile(times.prefill, 0.5),
         prefill_p95_ms=quantile(times.prefill, 0.95),

@@ -13,7 +13,7 @@ from schemas.stages import EvaluateSpec
 from tasks.core import runtime
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
-from tasks.evaluate import accuracy, computation, latency, memory, probes, storage
+from tasks.evaluate import accuracy, computation, latency, memory, probes, storage, swapping
 from tasks.evaluate.batches import pad_id_of, right_padded, run_on
 from tasks.evaluate.probes import Probe
 from tasks.evaluate.subject import Subject, read_subject
@@ -35,9 +35,11 @@ def measure(
         warn_if_base(model, base, paths["prepared"])
         scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
         retained = retention(subject, model, base, paths["prepared"])
-        used = probes.read(started, subject.training_facts.get("train_peak_mib"))
+        used = probes.read(started, subject.training_facts)
     overhead = inference_overhead(subject, model, base, spec, paths)
     stored = storage.measure(subject, base)
+    test_rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
+    swapped, swapped_how = swapping.measure(subject, model, base, test_rows)
     del base  # full fine-tuning is measured next, and wants the room
     train_rows = TokenRows.load(paths["prepared"] / "tokens" / "train.safetensors")
     report = CriteriaReport(
@@ -48,10 +50,11 @@ def measure(
         computation=computation.measure(subject, model, train_rows, spec.train),
         accuracy=scores.accuracy(*retained),
         inference_overhead=overhead,
+        swapping=swapped,
         examples=accuracy.examples(scores.predictions, paths["prepared"]),
         device=device_name(),
         dtype=spec.dtype,
-        how=how(spec, scores),
+        how=how(spec, scores) | {"swapping": swapped_how},
     )
     return report, scores
 

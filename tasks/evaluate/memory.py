@@ -35,8 +35,9 @@ CONFIGS = {"causal-lm": LlamaConfig, "sequence-classification": BertConfig}
 def how(spec: EvaluateSpec) -> str:
     """The measurement in words."""
     if spec.task == "causal-lm":
+        longest = max(spec.evaluate.prompt_lengths)
         work = (
-            f"{max(spec.evaluate.batch_sizes)} prompts of {spec.evaluate.prompt_tokens} tokens, "
+            f"{max(spec.evaluate.batch_sizes)} prompts of {longest} tokens, "
             f"{spec.evaluate.max_new_tokens} new tokens each, none stopping early"
         )
     else:
@@ -49,7 +50,10 @@ def how(spec: EvaluateSpec) -> str:
     )
     return (
         f"generating: {figure}, in a process of its own for subject and base each; work: {work}. "
-        "Training: as measured by the train stage"
+        "Training: peak of the train stage's own process; of it, by the sizes of the tensors: all "
+        "weights, gradients of those that learn, the optimiser's state, and what autograd keeps of "
+        "the run's largest micro-batch; the rest is what is left of the peak, below 0 where these "
+        "are large and not all there at once"
     )
 
 
@@ -70,7 +74,7 @@ def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows) -> None:
     """What every subject does: generate at the largest batch size, or classify one batch."""
     if spec.task == "causal-lm":
         new = spec.evaluate.max_new_tokens
-        length = workload.prompt_length(model, spec.evaluate.prompt_tokens, new)
+        length = workload.prompt_length(model, max(spec.evaluate.prompt_lengths), new)
         prompts = workload.prompts(rows, max(spec.evaluate.batch_sizes), length)
         generate_batch(model, prompts, frozenset(), new)
         return

@@ -66,11 +66,15 @@ def stop(probes: dict[str, Probe]) -> None:
             probe.process.wait()
 
 
-def read(probes: dict[str, Probe], train_peak_mib: float | None) -> Memory:
-    """The figures of the started measurements; the base is its own subject."""
+def read(probes: dict[str, Probe], training: dict[str, Any]) -> Memory:
+    """The figures of the started measurements; the base is its own subject.
+
+    training: the facts of the train entry, which has measured itself; empty where there is none.
+    """
     base = probes["base"].peak_mib()
+    trained = [name for name in Memory.model_fields if name.startswith("train_")]
     return Memory(
-        train_peak_mib=train_peak_mib,
+        **{name: training.get(name) for name in trained},
         generate_peak_mib=probes["subject"].peak_mib() if "subject" in probes else base,
         base_generate_peak_mib=base,
     )

@@ -10,15 +10,20 @@ import torch
 from safetensors import safe_open
 
 from schemas.report import Storage
+from tasks.core.bases import base_files
+from tasks.core.models import TUNER
 from tasks.evaluate.subject import Subject
 
-#: What PEFT reads of an adapter's directory.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+#: What loading reads of an adapter's directory; only a kind that PEFT lacks brings a tuner.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", TUNER)
+TASKS = 10
 
 HOW = (
     "bytes of the files that loading needs beside the base: an adapter's weights and "
-    "configuration, or every file of a whole model; 0 for the base itself. Parameters: elements "
-    "of the trained tensors, and their share of the base's"
+    "configuration, and its tuner's file if PEFT has no such tuner; every file of a whole model; "
+    f"0 for the base itself. {TASKS} tasks: the base's weights, configuration and tokenizer once "
+    f"and {TASKS} such adapters, or {TASKS} whole models. Parameters: elements of the trained "
+    "tensors, and their share of the base's"
 )
 
 
@@ -26,11 +31,19 @@ def measure(subject: Subject, base: torch.nn.Module) -> Storage:
     """Bytes to ship, trained parameters, and their share of the base's parameters."""
     trained = trainable_parameters(subject)
     parameters = sum(parameter.numel() for parameter in base.parameters())
+    shipped = size(shipped_files(subject))
+    is_whole = subject.model_dir is not None and not subject.is_adapter
     return Storage(
-        shipped_bytes=sum(path.stat().st_size for path in shipped_files(subject)),
+        shipped_bytes=shipped,
+        ten_tasks_bytes=TASKS * shipped + (0 if is_whole else size(base_files(subject.base))),
         trainable_parameters=trained,
         trainable_share=trained / parameters,
     )
+
+
+def size(files: list[Path]) -> int:
+    """Bytes of some files together."""
+    return sum(path.stat().st_size for path in files)
 
 
 def shipped_files(subject: Subject) -> list[Path]:
@@ -38,7 +51,8 @@ def shipped_files(subject: Subject) -> list[Path]:
     if subject.model_dir is None:
         return []
     if subject.is_adapter:
-        return [subject.model_dir / name for name in ADAPTER_FILES]
+        files = (subject.model_dir / name for name in ADAPTER_FILES)
+        return [path for path in files if path.exists()]
     return sorted(path for path in subject.model_dir.rglob("*") if path.is_file())
 
 

@@ -103,7 +103,7 @@ def marked(kind: Figure, values: dict[str, float], texts: dict[str, str]) -> dic
 
 def measured_how(inputs: Inputs) -> list[How]:
     """Every `how` of the reports, in the order of the table, what is said alike said once."""
-    titles = CRITERIA | {"inference_overhead": CRITERIA["overhead"]}
+    titles = CRITERIA | {"inference_overhead": CRITERIA["overhead"], "swapping": "Swapping"}
     order = list(titles)
     keys = {key for report in inputs.reports.values() for key in report.how}
     made = []

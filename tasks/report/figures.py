@@ -60,9 +60,15 @@ _KNOWN = [
     Figure("retention_change", "accuracy", "Forgetting, against the base", NATS, "lower", 3),
     Figure("shipped_bytes", "storage", "Shipped for this task", MIB_OF_BYTES, "lower"),
     Figure("adapter_mib", "storage", "Shipped for this task", MIB, "lower"),
+    Figure("ten_tasks_bytes", "storage", "Ten such tasks", MIB_OF_BYTES, "lower"),
     Figure("trainable_parameters", "storage", "Trained parameters", COUNT, "lower"),
     Figure("trainable_share", "storage", "Trained share of the base", PERCENT, "lower"),
     Figure("train_peak_mib", "memory", "Peak, training", MIB, "lower"),
+    Figure("train_weights_mib", "memory", "Training: weights", MIB, None),
+    Figure("train_gradients_mib", "memory", "Training: gradients", MIB, None),
+    Figure("train_optimiser_mib", "memory", "Training: optimiser", MIB, None),
+    Figure("train_activations_mib", "memory", "Training: activations", MIB, None),
+    Figure("train_rest_mib", "memory", "Training: the rest of the peak", MIB, None),
     Figure("generate_peak_mib", "memory", "Peak, answering", MIB, "lower"),
     Figure("base_generate_peak_mib", "memory", "The base’s peak, answering", MIB, None),
     Figure("forward_flops_per_token", "computation", "Forward, a token", FLOP, "lower"),
@@ -71,11 +77,13 @@ _KNOWN = [
     Figure("step_time_s", "computation", "Optimiser step", SECONDS, "lower"),
     Figure("step_time_ratio_to_full", "computation", "Optimiser step", OF_FULL, "lower", 2),
     Figure("train_tokens_per_s", "computation", "Training rate", RATE, "higher"),
+    Figure("swap_ms", "overhead", "Change of adapter", MS, "lower"),
+    Figure("ten_adapters_mib", "overhead", "Ten adapters in memory", MIB, "lower"),
 ]
 KNOWN = {figure.name: figure for figure in _KNOWN}
 ORDER = {figure.name: place for place, figure in enumerate(_KNOWN)}
 
-LATENCY = re.compile(r"(prefill|token)_(p50_ms|p95_ms|ratio)_b(\d+)(_merged)?")
+LATENCY = re.compile(r"(prefill|token)_(p50_ms|p95_ms|ratio)_b(\d+)(?:_p(\d+))?(_merged)?")
 
 
 def figure(name: str) -> Figure:
@@ -86,19 +94,21 @@ def figure(name: str) -> Figure:
     if match is None:
         return Figure(name, "accuracy", name.replace("_", " ").capitalize(), PLAIN, None)
     phase = "Prefill" if match[1] == "prefill" else "Per token"
-    where = f"batch {match[3]}" + (", merged" if match[4] else "")
+    where = f"batch {match[3]}" + (f", {match[4]} tokens" if match[4] else "")
+    where += ", merged" if match[5] else ""
     if match[2] == "ratio":
         return Figure(name, "overhead", f"{phase}, {where}", OF_BASE, "lower", 2)
     phase += " p95" if match[2] == "p95_ms" else ""
     return Figure(name, "overhead", f"{phase}, {where}", MS, "lower")
 
 
-def page_order(name: str) -> tuple[int, int, int, str]:
+def page_order(name: str) -> tuple[int, int, int, int, str]:
     """Sorts figure names as the table shows them."""
     match = LATENCY.fullmatch(name)
     batch = int(match[3]) if match else 0
+    length = int(match[4] or 0) if match else 0  # the recipe's first length has no number
     criterion = list(CRITERIA).index(figure(name).criterion)
-    return criterion, ORDER.get(name, len(ORDER)), batch, name
+    return criterion, ORDER.get(name, len(ORDER)), length, batch, name
 
 
 @dataclass(frozen=True)

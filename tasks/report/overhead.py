@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schemas.report import Latency
+from schemas.report import CriteriaReport, Latency
 from tasks.report.figures import LATENCY, MS, OF_BASE, Figure, Scale, page_order, scale
 from tasks.report.inputs import TITLES, Inputs
 
@@ -22,6 +22,7 @@ class LatencyCell:
 class LatencyRow:
     """cells: p50, p95 and ratio to the base of prefill, then of each token, if any is decoded."""
 
+    prompt_tokens: str
     batch_size: int
     merged: str
     cells: list[LatencyCell]
@@ -34,15 +35,23 @@ class LatencyGroup:
 
 
 def latency_table(inputs: Inputs) -> list[LatencyGroup]:
-    """The latencies of each subject by batch size, unmerged before merged."""
+    """The latencies of each subject by prompt length and batch size, unmerged before merged."""
     every = [row for report in inputs.reports.values() for row in report.inference_overhead]
     times = [time for row in every for time in (row.prefill_p50_ms, row.token_p50_ms) if time]
     ms = scale(Figure("", "overhead", "", MS, None), times)
     groups = []
     for name, report in inputs.reports.items():
-        ordered = sorted(report.inference_overhead, key=lambda row: (row.batch_size, row.merged))
+        ordered = sorted(
+            report.inference_overhead,
+            key=lambda row: (row.prompt_tokens or 0, row.batch_size, row.merged),
+        )
         rows = [
-            LatencyRow(row.batch_size, "yes" if row.merged else "no", _cells(row, ms))
+            LatencyRow(
+                "–" if row.prompt_tokens is None else f"{row.prompt_tokens:,}",
+                row.batch_size,
+                "yes" if row.merged else "no",
+                _cells(report, row, ms),
+            )
             for row in ordered
         ]
         if rows:
@@ -50,8 +59,8 @@ def latency_table(inputs: Inputs) -> list[LatencyGroup]:
     return groups
 
 
-def _cells(row: Latency, ms: Scale) -> list[LatencyCell]:
-    tag = f"b{row.batch_size}" + ("_merged" if row.merged else "")
+def _cells(report: CriteriaReport, row: Latency, ms: Scale) -> list[LatencyCell]:
+    tag = report.tag(row)
     ratio = Scale(1, OF_BASE[0][1], 2)
     found = [
         (row.prefill_p50_ms, ms, f"prefill_p50_ms_{tag}"),
@@ -75,7 +84,7 @@ def overhead_figure(inputs: Inputs) -> str:
     """
     names = {name for report in inputs.reports.values() for name in report.figures()}
     matches = [match for match in map(LATENCY.fullmatch, names) if match and match[2] == "ratio"]
-    matches.sort(key=lambda match: (match[1] != "token", bool(match[4]), page_order(match[0])))
+    matches.sort(key=lambda match: (match[1] != "token", bool(match[5]), page_order(match[0])))
     return matches[0][0] if matches else ""
 
 

@@ -117,15 +117,23 @@ def micro_batches(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> lis
     """
     ordered = rows[np.argsort(-lengths[rows], kind="stable")]
     cut = _packs if layout.packed else _equal_shares
-    size = _packed_size if layout.packed else _padded_size
-    if layout.unpadded:
-        size = _unpadded_size
     count = min(-(-int(lengths[ordered].sum()) // layout.budget), len(ordered))
     while True:
         parts = cut(ordered, lengths, count)
-        if count == len(ordered) or max(size(lengths[part]) for part in parts) <= layout.budget:
+        if (
+            count == len(ordered)
+            or max(held_tokens(lengths[part], layout) for part in parts) <= layout.budget
+        ):
             return parts
         count += 1
+
+
+def held_tokens(lengths: NDArray[np.int64], layout: Layout) -> int:
+    """The tokens that a forward pass over rows of these lengths holds, and the budget bounds."""
+    size = _packed_size if layout.packed else _padded_size
+    if layout.unpadded:
+        size = _unpadded_size
+    return size(lengths)
 
 
 def _packs(ordered: Rows, lengths: NDArray[np.int64], count: int) -> list[Rows]:

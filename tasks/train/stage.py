@@ -25,6 +25,7 @@ from tasks.methods.table import method_for
 from tasks.train import placement
 from tasks.train.batching import Plan, answer_tokens
 from tasks.train.checkpoint import Checkpoints
+from tasks.train.held import parts_mib
 from tasks.train.loop import Job, make_optimizer, train
 from tasks.train.loss import backbone
 from tasks.train.memory import available_mib, check_fits, needed_mib
@@ -79,6 +80,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
 
     # Before saving: a whole model is rounded to its own dtype, a copy that training never holds.
     peak = runtime.peak_mib() - floor
+    held = parts_mib(model, weights, optimizer, job, peak)
     save_model(model, out_dir / "model", paths["base"], spec.dtype, method)
     write_atomic(out_dir / "curve.json", json.dumps([p.model_dump() for p in state.curve]))
     return {
@@ -96,6 +98,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         "step_time_s": statistics.median(point.step_time_s for point in state.curve),
         "tokens_per_s": state.tokens / state.seconds,
         "train_peak_mib": peak,
+        **held,
         "resumed_from_step": resumed_from,
         "threads": checkpoints.threads,
     }

@@ -111,6 +111,7 @@ def test_unknown_figures_name_the_nearest(folder: Path) -> None:
         (("method: full", "method: full, train: {epochs: .inf}"), "finite number"),
         (("learning_rate: 2e-3", "learning_rate: .inf"), "train.learning_rate: found inf"),
         (("select:", "evaluate: {batch_sizes: [0, -1]}\nselect:"), "batch_sizes[1]: found -1"),
+        (("select:", "evaluate: {prompt_tokens: [64, 0]}\nselect:"), "prompt_tokens[1]: found 0"),
         (('"<= 10"', "10"), "select.subject_to.adapter_mib: found 10\n    fix: is no bound; write"),
         (('"<= 10"', "0.85"), 'write e.g. ">= 0.85" or "<= 0.85"'),
         (('"<= 10"', "[10]"), 'write e.g. ">= 0.9" or "<= 0.9"'),

@@ -177,7 +177,7 @@ def spec_for(task: str) -> EvaluateSpec:
         task=task,
         subject="base",
         evaluate=Evaluate(
-            max_new_tokens=12, batch_sizes=[1, 3], prompt_tokens=16, repeats=3, bootstrap=100
+            max_new_tokens=12, batch_sizes=[1, 3], prompt_tokens=[16, 8], repeats=3, bootstrap=100
         ),
         train=Train(batch_tokens=256),
         dtype="float32",
@@ -222,6 +222,11 @@ def train_entry(world: World, store: Path, candidate: Any, steps: int = 3) -> Pa
         return {
             "trainable_parameters": sum(weight.numel() for weight in learned),
             "train_peak_mib": 12.5,
+            "train_weights_mib": 8.0,
+            "train_gradients_mib": 1.0,
+            "train_optimiser_mib": 2.0,
+            "train_activations_mib": 2.0,
+            "train_rest_mib": -0.5,
             "format": "peft-adapter" if candidate.method == "lora" else "transformers",
         }
 

@@ -23,7 +23,7 @@ from tasks.evaluate.measure import warn_if_base
 from tasks.evaluate.stage import run
 from tasks.evaluate.subject import read_subject
 
-CRITERIA = {"storage", "memory", "computation", "accuracy", "inference_overhead"}
+CRITERIA = {"storage", "memory", "computation", "accuracy", "inference_overhead", "swapping"}
 
 
 def read(out: Path) -> tuple[CriteriaReport, list[dict[str, Any]]]:
@@ -68,7 +68,8 @@ def test_base_through_the_command_line(causal, tmp_path) -> None:
     assert report.accuracy.retention_change == 0
     assert report.memory.generate_peak_mib == report.memory.base_generate_peak_mib
     assert report.computation.backward_flops_per_token is None
-    assert [row.prefill_ratio for row in report.inference_overhead] == [1.0, 1.0]
+    assert report.swapping is None
+    assert [row.prefill_ratio for row in report.inference_overhead] == [1.0] * 4
     assert [line["row"] for line in predictions] == list(range(1, 15))
     assert entry.facts["figures"] == report.figures()
 
@@ -76,13 +77,16 @@ def test_base_through_the_command_line(causal, tmp_path) -> None:
 def test_candidate_has_every_figure_that_a_bound_can_name(candidate, causal) -> None:
     report, _, facts = candidate
     assert set(report.how) == CRITERIA
-    names = figure_names("causal-lm", causal.spec.evaluate.batch_sizes)
+    evaluate = causal.spec.evaluate
+    names = figure_names("causal-lm", evaluate.batch_sizes, evaluate.prompt_lengths)
     assert sorted(facts["figures"]) == sorted(names)
     assert facts["method"] == "lora"
     assert (
         facts["intervals"]["loss"][0] <= facts["figures"]["loss"] <= facts["intervals"]["loss"][1]
     )
-    assert facts["figures"]["train_peak_mib"] == 12.5  # as the train entry's manifest says
+    # As the train entry's manifest says.
+    assert facts["figures"]["train_peak_mib"] == 12.5
+    assert facts["figures"]["train_rest_mib"] == -0.5
     assert report.accuracy.retention_change != 0
     assert 0 < report.computation.flops_ratio_to_full < 1
 
@@ -168,7 +172,7 @@ def test_memory_is_the_weights_and_little_more(causal, tmp_path) -> None:
     weights_mib = sum(weight.numel() for weight in model.parameters()) * 4 / 2**20
     del model
     started = probes.start(causal.spec, causal.paths | {"base": tmp_path / "base"})
-    used = probes.read(started, None)
+    used = probes.read(started, {})
     assert weights_mib <= used.generate_peak_mib <= weights_mib + 8
 
 
@@ -192,7 +196,7 @@ def test_a_failed_probe_is_an_error() -> None:
         text=True,
     )
     with pytest.raises(StageError, match="memory measurement failed:\nno room"):
-        probes.read({"base": probes.Probe(process)}, None)
+        probes.read({"base": probes.Probe(process)}, {})
 
 
 def test_a_merged_model_without_its_train_entry_says_so(causal_lora, tmp_path, capsys) -> None:

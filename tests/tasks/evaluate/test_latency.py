@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 from transformers import LlamaForCausalLM
 
+from schemas.recipe import Evaluate
+from schemas.report import CriteriaReport, Latency
 from tasks.evaluate import latency
 from tasks.evaluate.latency import DECODE_TOKENS, WARM_UPS, Times, measure, summary
 from tasks.evaluate.subject import read_subject
@@ -15,7 +17,7 @@ from tasks.evaluate.subject import read_subject
 def test_summary_is_quantiles_and_ratios_of_medians() -> None:
     base = Times(prefill=[2.0, 4.0, 100.0], token=[1.0, 2.0, 3.0])
     own = Times(prefill=[6.0, 8.0, 10.0], token=[1.0, 5.0, 5.0])
-    row = summary(own, base, batch_size=8, merged=False)
+    row = summary(own, base, batch_size=8, prompt_tokens=64, merged=False)
     assert (row.prefill_p50_ms, row.prefill_ratio) == (8.0, 2.0)
     assert row.prefill_p95_ms == pytest.approx(9.8)
     assert (row.token_p50_ms, row.token_ratio) == (5.0, 2.5)
@@ -41,12 +43,53 @@ def test_models_take_turns_and_none_is_always_first(causal, monkeypatch) -> None
 
     turns = WARM_UPS + evaluate.repeats
     rounds = [tuple(order[start : start + 3]) for start in range(0, len(order), 3)]
-    assert len(rounds) == turns * len(evaluate.batch_sizes)
+    assert len(rounds) == turns * len(evaluate.batch_sizes) * len(evaluate.prompt_lengths)
     assert all(sorted(turn) == ["base", "merged", "subject"] for turn in rounds)
     assert set(Counter(turn[0] for turn in rounds)) == set(models)
-    assert [(row.batch_size, row.merged) for row in rows] == [
-        (size, merged) for size in evaluate.batch_sizes for merged in (False, True)
+    assert [(row.prompt_tokens, row.batch_size, row.merged) for row in rows] == [
+        (length, size, merged) for length in (16, 8) for size in (1, 3) for merged in (False, True)
     ]
+
+
+def test_a_prompt_length_is_what_is_timed(causal, monkeypatch, capsys) -> None:
+    """The first is cut to the context, as answers are; a further one that does not fit is left
+    out, or two names would be of one length."""
+    model = LlamaForCausalLM.from_pretrained(causal.paths["base"]).eval()
+    widths: list[int] = []
+    real = latency.time_once
+
+    def recorded(model, batch, task, sink):
+        widths.append(batch["input_ids"].shape[1])
+        real(model, batch, task, sink)
+
+    monkeypatch.setattr(latency, "time_once", recorded)
+    for asked, timed, told in (([8, 32, 8], [8, 32], False), ([400, 16, 300], [92, 16], True)):
+        evaluate = Evaluate(prompt_tokens=asked, batch_sizes=[1], repeats=3)
+        rows = measure({"base": model}, causal.test_rows, "causal-lm", evaluate, frozenset())
+        assert [row.prompt_tokens for row in rows] == asked[:2]
+        assert list(dict.fromkeys(widths)) == timed
+        assert ("300 prompt tokens do not fit" in capsys.readouterr().err) == told
+        widths.clear()
+
+
+def test_the_first_length_has_the_plain_names() -> None:
+    rows = [
+        Latency(
+            batch_size=1,
+            prompt_tokens=length,
+            merged=merged,
+            prefill_p50_ms=1,
+            prefill_p95_ms=1,
+            token_p50_ms=1,
+            token_p95_ms=1,
+            prefill_ratio=1,
+            token_ratio=1,
+        )
+        for length in (64, 16)
+        for merged in (False, True)
+    ]
+    report = CriteriaReport.model_construct(inference_overhead=rows)
+    assert [report.tag(row) for row in rows] == ["b1", "b1_merged", "b1_p16", "b1_p16_merged"]
 
 
 def test_whoever_is_timed_is_loaded_alike(causal_lora) -> None:
@@ -64,5 +107,5 @@ def test_the_base_alone_is_its_own_measure(classes) -> None:
     rows = measure(
         {"base": model}, classes.test_rows, classes.spec.task, classes.spec.evaluate, frozenset()
     )
-    assert [row.prefill_ratio for row in rows] == [1.0, 1.0]
-    assert [row.token_ratio for row in rows] == [None, None]
+    assert [row.prefill_ratio for row in rows] == [1.0] * 4
+    assert [row.token_ratio for row in rows] == [None] * 4
