@@ -69,7 +69,10 @@ def measure(
     rounds = len(evaluate.batch_sizes) * (WARM_UPS + evaluate.repeats)
     with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
         for batch_size in evaluate.batch_sizes:
-            length = workload.prompt_length(models["base"], evaluate.prompt_tokens, DECODE_TOKENS)
+            length = min(
+                workload.prompt_length(model, evaluate.prompt_tokens, DECODE_TOKENS)
+                for model in models.values()
+            )
             batch = workload.inputs(rows, task, batch_size, length)
             times = {name: Times() for name in models}
             for turn in range(WARM_UPS + evaluate.repeats):
