@@ -168,7 +168,66 @@ class Bottleneck(CandidateBase):
         return f"bottleneck-{self.placement}-{self.reduction_factor}"
 
 
+class SoftPrompt(CandidateBase):
+    """Virtual tokens in front of every row, which the base attends to and which are learned."""
+
+    MERGES: ClassVar[bool] = False
+
+    virtual_tokens: int = Field(
+        20, ge=1, description="Tokens in front of every row. They count towards its length."
+    )
+
+    def default_name(self) -> str:
+        return f"{self.method.replace('_', '-')}-{self.virtual_tokens}"
+
+
+class PromptTuning(SoftPrompt):
+    """The virtual tokens' embeddings are learned. Lester et al. 2021, arXiv:2104.08691."""
+
+    method: Literal["prompt_tuning"]
+    init: Literal["vocabulary", "random"] = Field(
+        "vocabulary",
+        description="From the embeddings of tokens drawn with train.seed, or from N(0, 1).",
+    )
+
+
+class PTuning(SoftPrompt):
+    """The virtual tokens' embeddings are written by a small network that is learned.
+
+    Liu et al. 2021, arXiv:2103.10385.
+    """
+
+    method: Literal["p_tuning"]
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    hidden_size: int | None = Field(
+        None, ge=1, description="Width of the network. null: that of the base's embeddings."
+    )
+
+
+class PrefixTuning(SoftPrompt):
+    """The virtual tokens' keys and values are learned, in every layer.
+
+    Li & Liang 2021, arXiv:2101.00190.
+    """
+
+    method: Literal["prefix_tuning"]
+    projection: bool = Field(
+        False, description="Written by a network of two layers, which is learned, from embeddings."
+    )
+    hidden_size: int | None = Field(
+        None, ge=1, description="Width of that network. null: that of a layer's keys."
+    )
+
+    @model_validator(mode="after")
+    def _the_width_has_a_network(self) -> PrefixTuning:
+        if self.hidden_size is not None and not self.projection:
+            raise ValueError(
+                "hidden_size is read with `projection: true` alone: remove it, or project"
+            )
+        return self
+
+
 Candidate = Annotated[
-    Full | Lora | Ia3 | LayerNorm | BitFit | Bottleneck,
+    Full | Lora | Ia3 | LayerNorm | BitFit | Bottleneck | PromptTuning | PTuning | PrefixTuning,
     Field(discriminator="method"),
 ]

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tasks.methods import soft
+
 #: Padded tokens in one forward pass: enough for full matrix units, and activations that stay in
 #: a CPU's caches (8,192 were seen to cost 40 % more a token).
 BATCH_TOKENS = 2048
@@ -79,13 +81,18 @@ def right_padded(rows: Sequence[Row], pad_id: int) -> Inputs:
 def run_on(model: torch.nn.Module, inputs: Inputs, **options: Any) -> Any:
     """One forward pass on the model's device, without the arguments that it does not take.
 
+    Behind a soft prompt rows stand as behind what was read before (`tasks/methods/soft.py`),
+    which costs a pass over its tokens, once for a batch, and the longer attention.
+
     Models without learned or rotary positions (ALiBi) take no `position_ids`; a few old ones
     cannot leave out logits. Both are only left out, as the result does not depend on them.
     """
     accepted = argument_names(type(base_of(model)).forward)
     place = next(model.parameters()).device
     everything = {name: tensor.to(place) for name, tensor in inputs.items()} | options
-    return model(**{name: value for name, value in everything.items() if name in accepted})
+    return soft.run(
+        model, **{name: value for name, value in everything.items() if name in accepted}
+    )
 
 
 @cache
@@ -113,7 +120,7 @@ def pad_id_of(model: torch.nn.Module) -> int:
 
 
 def context_limit(model: torch.nn.Module) -> int | None:
-    """Positions that the model knows, or None where it names no limit."""
+    """Positions that the model has for rows, or None where it names no limit."""
     config: Any = base_of(model).config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    return None if limit is None else int(limit) - soft.virtual_tokens(model)

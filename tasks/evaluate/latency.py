@@ -70,7 +70,7 @@ def measure(
     """
     results: list[Latency] = []
     orders = list(permutations(models))
-    lengths = prompt_lengths(models["base"], evaluate)
+    lengths = prompt_lengths(list(models.values()), evaluate)
     sizes = list(product(lengths, evaluate.batch_sizes))
     rounds = len(sizes) * (WARM_UPS + evaluate.repeats)
     with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
@@ -90,16 +90,17 @@ def measure(
     return results
 
 
-def prompt_lengths(base: torch.nn.Module, evaluate: Evaluate) -> dict[int, int]:
-    """Each prompt length of the recipe that can be had: the tokens that are timed for it."""
+def prompt_lengths(models: list[torch.nn.Module], evaluate: Evaluate) -> dict[int, int]:
+    """Each prompt length of the recipe that can be had: the tokens that are timed for it, the
+    same for all models. Virtual tokens take up some of a context."""
     fitting = {
-        length: workload.prompt_length(base, length, DECODE_TOKENS)
+        length: min(workload.prompt_length(model, length, DECODE_TOKENS) for model in models)
         for length in evaluate.prompt_lengths
     }
     cut = [length for length in evaluate.prompt_lengths[1:] if fitting[length] < length]
     for length in cut:
         del fitting[length]
-        warn(f"{length} prompt tokens do not fit into the base's context: left out of latency")
+        warn(f"{length} prompt tokens do not fit into the context: left out of latency")
     return fitting
 
 

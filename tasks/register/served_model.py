@@ -52,6 +52,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(package, self.serving).to(self.device).eval()
         self.pad_id = pad_id_of(self.model, self.tokenizer)
+        self.batch_rows = batch_rows(self.model)
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -95,7 +96,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             eos_token_id=self.serving["stop_ids"],
             pad_token_id=self.pad_id,
         )
-        for batch in batches(prompts):
+        for batch in batches(prompts, self.batch_rows):
             inputs = padded([prompts[row] for row in batch], self.pad_id, left=True)
             ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
             written_BT = self.model.generate(
@@ -129,9 +130,13 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """The logits of each row of tokens, float32: [T, vocabulary], or [classes]."""
         if self.serving["task"] == "causal-lm":
             alone = (torch.tensor([row], device=self.device) for row in rows)
-            return [self.model(input_ids=ids_1T).logits[0].float().cpu() for ids_1T in alone]
+            # Behind a soft prompt, PEFT gives logits of its virtual tokens too, in front.
+            return [
+                self.model(input_ids=ids_1T).logits[0, -ids_1T.shape[1] :].float().cpu()
+                for ids_1T in alone
+            ]
         found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-        for batch in batches(rows):
+        for batch in batches(rows, self.batch_rows):
             inputs = padded([rows[row] for row in batch], self.pad_id, left=False)
             ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
             logits_BC = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits.float().cpu()
@@ -242,11 +247,18 @@ def pad_id_of(model: Any, tokenizer: Any) -> int:
     return int(model.config.pad_token_id)
 
 
-def batches(rows: list[list[int]]) -> Iterator[list[int]]:
+def batch_rows(model: Any) -> int:
+    """How many rows go through together: one behind a soft prompt, where PEFT counts positions
+    from the padding on, and lets a decoder classify padding."""
+    config = getattr(model, "active_peft_config", None)
+    return 1 if getattr(config, "num_virtual_tokens", 0) else BATCH_ROWS
+
+
+def batches(rows: list[list[int]], size: int = BATCH_ROWS) -> Iterator[list[int]]:
     """The indices of rows of similar length together, so that little is padding."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    for start in range(0, len(order), BATCH_ROWS):
-        yield order[start : start + BATCH_ROWS]
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def padded(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -113,4 +113,8 @@ def expected_logits(
         serving["labels"],
         serving["dtype"],
     )
-    return [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+    logits = [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+    if serving["task"] != "causal-lm":
+        return logits
+    # PEFT gives logits of the virtual tokens of a prompt too, in front.
+    return [logits_TV[-len(row) :] for logits_TV, row in zip(logits, rows, strict=True)]

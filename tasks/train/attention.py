@@ -28,7 +28,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tasks.methods.soft import Layers
 from tasks.train.grids import Grid, Grids, grids
+from tasks.train.virtual import Kept, lay, places
 
 NAME = "peftflow_cpu"
 LONGEST = 1024
@@ -157,16 +159,21 @@ def attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    virtual: Layers | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q, k, v [B, H, L, D] to [B, L, H, D].
 
     cu_seq_lens_q: where packed rows start and end, [rows + 1], in a batch of one.
+    virtual: keys and values that each packed row stands behind, by layer.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cu_seq_lens_q is not None:
         assert attention_mask is None, "packed rows have no mask"
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if virtual is not None:
+            layer = virtual[module.layer_idx]  # type: ignore[index]
+            return _behind(query, key, value, cu_seq_lens_q, scale, layer)[None], None
         return _packed(query, key, value, cu_seq_lens_q, scale, causal)[None], None
     # Under autocast rotary embeddings leave q and k in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -228,6 +235,25 @@ def _packed(
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     with torch.autocast(value.device.type, enabled=False):
         return PackedAttention.apply(q_THD, k_TKD, v_TKD, cells, scale, causal, dtype)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _behind(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row_ends: torch.Tensor,
+    scale: float,
+    layer: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """`_packed`, causal, of rows that each stand behind the keys and values of `layer`,
+    [1, K, V, D]."""
+    count = layer[0].shape[2]
+    where = places(row_ends, count)
+    unasked = query.new_zeros(1, query.shape[1], count, query.shape[3])
+    query = lay(query, unasked, where)
+    key, value = lay(key, layer[0], where), lay(value, layer[1], where)
+    out_PHD = _packed(query, key, value, where.row_ends, scale)
+    return Kept.apply(out_PHD, count, where)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _product(

@@ -39,12 +39,15 @@ class Layout:
     packed: rows end to end (causal models), or one below the other with padding.
     unpadded: the padding is only there for the embeddings (`tasks/train/unpad.py`).
     pad_id: what fills.
+    virtual: tokens of a soft prompt that every layer has in front of each row; 0 where they are
+        keys and values that all rows share.
     """
 
     budget: int
     packed: bool
     pad_id: int = 0
     unpadded: bool = False
+    virtual: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def micro_batches(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> lis
 
     No part is larger than the budget, but for a single row that is.
     """
+    lengths = lengths + layout.virtual
     ordered = rows[np.argsort(-lengths[rows], kind="stable")]
     cut = _packs if layout.packed else _equal_shares
     count = min(-(-int(lengths[ordered].sum()) // layout.budget), len(ordered))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tasks.methods import soft
 from tasks.train.batching import IGNORED, Batch
 
 #: Bytes of logits that one block may have.
@@ -107,7 +108,9 @@ def loss_sum(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor
     """The summed loss of one micro-batch, a float32 scalar in nats."""
     assert batch.targets_N is not None
     if batch.predict_N is None:
-        logits = model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
+        logits = soft.run(
+            model, input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL
+        ).logits
         return F.cross_entropy(
             logits.float(), batch.targets_N, reduction="sum", ignore_index=IGNORED
         )
@@ -116,17 +119,25 @@ def loss_sum(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """What a causal model's head reads, for every position of a batch, [B * L, H]."""
-    packed = {}
+    """What a causal model's head reads, for every position of a batch, [B * L, H].
+
+    Rows stand behind the virtual tokens of a soft prompt, which are none of these positions.
+    """
+    arguments: dict[str, Any] = {
+        "input_ids": batch.input_ids_BL,
+        "attention_mask": batch.attention_mask_BL,
+        "use_cache": False,
+    }
+    virtual = soft.virtual_tokens(model)
     if batch.row_ends is not None:
-        packed = {"position_ids": batch.position_ids_BL, "cu_seq_lens_q": batch.row_ends}
-    hidden_BLH = backbone(model)(
-        input_ids=batch.input_ids_BL,
-        attention_mask=batch.attention_mask_BL,
-        use_cache=False,
-        **packed,
-    ).last_hidden_state
-    return hidden_BLH.flatten(0, 1)  # type: ignore[no-any-return]
+        assert batch.position_ids_BL is not None
+        arguments["position_ids"] = batch.position_ids_BL + virtual
+        arguments["cu_seq_lens_q"] = batch.row_ends
+        if virtual:
+            arguments["virtual"] = soft.keys_and_values(model)
+    elif virtual:
+        arguments = soft.behind(model, arguments)
+    return backbone(model)(**arguments).last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
 
 
 def head_loss(

@@ -17,6 +17,7 @@ from torch import nn
 
 from schemas.errors import UserError
 from tasks.core.runtime import resident_mib
+from tasks.methods import soft
 from tasks.train import attention
 from tasks.train.batching import Batch
 from tasks.train.grids import padded
@@ -54,14 +55,20 @@ def needed_mib(
     model: nn.Module, weights: dict[str, nn.Parameter], job: Job, device: torch.device
 ) -> float:
     """Peak memory of training beyond what is held now. MiB."""
-    lengths, layout = job.rows.lengths, job.layout
+    layout, virtual = job.layout, soft.virtual_tokens(model)
+    lengths = job.rows.lengths + layout.virtual
     short = np.argsort(lengths, kind="stable")
     few = short[: max(1, PROBE_TOKENS // int(lengths[short[0]]))]
     batch = job.batch(few).to(device)
     counted = batch.tokens if layout.unpadded else batch.input_ids_BL.numel()
+    counted += layout.virtual * len(batch.input_ids_BL)
     per_token = saved_bytes(model, batch, job.dtype) / counted
-    tokens = max(min(layout.budget, job.train.batch_tokens), int(lengths.max()))
-    kept = per_token * tokens + attention_bytes(model, lengths, tokens, job.dtype)
+    longer = float(lengths.mean() / job.rows.lengths.mean())
+    tokens = max(min(layout.budget, int(job.train.batch_tokens * longer)), int(lengths.max()))
+    seen = job.rows.lengths + virtual
+    kept = per_token * tokens + attention_bytes(
+        model, seen, int(tokens * seen.mean() / lengths.mean()), job.dtype
+    )
     gradients = sum(weight.numel() for weight in weights.values()) * 4
     held = 3 * gradients + kept + 3 * BLOCK_BYTES
     return held / MIB + (KERNEL_MIB if device.type == "cpu" else 0)

@@ -12,6 +12,7 @@ from torch import nn
 
 from schemas.recipe import Train
 from tasks.core import runtime
+from tasks.methods import soft
 from tasks.methods.fused import fuse_lora
 from tasks.train import attention
 from tasks.train.batching import Layout
@@ -88,7 +89,7 @@ def use_fast_attention(model: nn.Module, device: torch.device, longest: int, tas
         attention.register()
         inner.set_attn_implementation(attention.NAME)
         return True
-    if task != "causal-lm":
+    if task != "causal-lm" or soft.virtual_tokens(model):
         return False
     # From the positions of packed rows transformers makes flex attention's block mask.
     inner.set_attn_implementation("flex_attention")
@@ -96,10 +97,17 @@ def use_fast_attention(model: nn.Module, device: torch.device, longest: int, tas
     return True
 
 
-def layout(train: Train, device: torch.device, packed: bool, pad_id: int, unpadded: bool) -> Layout:
+def layout(
+    train: Train,
+    device: torch.device,
+    packed: bool,
+    pad_id: int,
+    unpadded: bool,
+    virtual: int = 0,
+) -> Layout:
     """How the rows of a step are cut into forward passes."""
     budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
-    return Layout(budget, packed, pad_id, unpadded)
+    return Layout(budget, packed, pad_id, unpadded, virtual)
 
 
 def without_base_dropout(model: nn.Module) -> None:

@@ -39,7 +39,9 @@ def own_loss(model: nn.Module, rows: TokenRows, task: str, device: torch.device)
         ids = torch.from_numpy(rows.row(index).astype(np.int64))[None].to(device)
         logits = model(input_ids=ids).logits.float()
         if task == "causal-lm":
-            total += float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+            # PEFT gives logits of the virtual tokens of a prompt too, in front.
+            own = logits[0, -ids.shape[1] : -1]
+            total += float(F.cross_entropy(own, ids[0, 1:], reduction="sum"))
         else:
             total += float(F.cross_entropy(logits, torch.zeros(1).long().to(device)))
     return total

@@ -20,6 +20,7 @@ from tasks.core.models import load_base, read_labels
 from tasks.core.progress import say, warn
 from tasks.core.store import SCRATCH
 from tasks.core.tokens import TokenRows
+from tasks.methods import soft
 from tasks.methods.method import count_parameters, trained
 from tasks.methods.table import method_for
 from tasks.train import placement
@@ -149,9 +150,14 @@ def prepare_job(
         expected = own_loss(model.to(device), few, spec.task, device)
     placement.place(model, spec.train, device)
     longest = int(rows.lengths.max())
+    soft.check_room(model, longest)
     fast = placement.use_fast_attention(model, device, longest, spec.task)
     packed = fast and spec.task == "causal-lm"
-    unpadded = fast and not packed and device.type == "cpu" and unpad(backbone(model))
+    if spec.train.gradient_checkpointing and not packed:
+        soft.check_checkpointing(model)
+    # Layers with keys and values of more than their own tokens cannot take the padding out.
+    whole = packed or soft.is_cache(model)
+    unpadded = fast and not whole and device.type == "cpu" and unpad(backbone(model))
     job = Job(
         rows=rows,
         answers=answer_tokens(rows, spec.task),
@@ -160,7 +166,14 @@ def prepare_job(
         train=spec.train,
         accelerator=accelerator,
         dtype=dtype,
-        layout=placement.layout(spec.train, device, packed, pad_id, unpadded),
+        layout=placement.layout(
+            spec.train,
+            device,
+            packed,
+            pad_id,
+            unpadded,
+            virtual=0 if soft.is_cache(model) else soft.virtual_tokens(model),
+        ),
         chance=math.log(len(labels)) if labels else None,
     )
     model.eval()

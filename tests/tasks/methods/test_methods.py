@@ -24,7 +24,17 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from schemas.candidates import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora
+from schemas.candidates import (
+    BitFit,
+    Bottleneck,
+    Full,
+    Ia3,
+    LayerNorm,
+    Lora,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+)
 from schemas.errors import UserError
 from schemas.recipe import Train
 from tasks.core.models import head_modules
@@ -64,8 +74,13 @@ CANDIDATES = {
     "layer_norm": LayerNorm(method="layer_norm"),
     "bitfit": BitFit(method="bitfit"),
     "bottleneck": Bottleneck(method="bottleneck", reduction_factor=4),
+    "prompt_tuning": PromptTuning(method="prompt_tuning", virtual_tokens=5),
+    "p_tuning": PTuning(method="p_tuning", virtual_tokens=5, hidden_size=24),
+    "prefix_tuning": PrefixTuning(method="prefix_tuning", virtual_tokens=5),
 }
-ADAPTERS = [name for name in CANDIDATES if name != "full"]
+#: Virtual tokens are attended to from the first step on: there is no prompt that changes nothing.
+SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
+FROM_THE_BASE = [name for name in CANDIDATES if name not in ("full", *SOFT)]
 
 
 def test_every_method_of_the_recipe_is_in_the_table_and_on_its_page():
@@ -108,7 +123,7 @@ def test_lora_counts_by_hand():
 
 
 @pytest.mark.parametrize("task", BASES)
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", FROM_THE_BASE)
 def test_an_adapter_starts_at_the_base_exactly(name, task):
     torch.manual_seed(0)
     base = BASES[task]().eval()

@@ -22,6 +22,7 @@ def served(**serving: Any) -> ServedModel:
     model.serving = {"task": "causal-lm", "template": "chat", "max_length": 16, **serving}
     model.tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
     model.device = torch.device("cpu")
+    model.batch_rows = BATCH_ROWS
     return model
 
 

@@ -19,6 +19,7 @@ from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
 from tasks.core.models import TUNER, load_base, load_trained
 from tasks.core.tokens import TokenRows
+from tasks.evaluate.batches import run_on
 from tasks.train import memory, placement, stage
 from tasks.train.stage import run
 
@@ -96,6 +97,9 @@ OTHERS = [
     {"method": "bitfit"},
     {"method": "lora", "rank": 4, "rslora": True, "dora": True, "b_rate": 4},
     {"method": "bottleneck", "placement": "double_sequential", "reduction_factor": 4},
+    {"method": "prompt_tuning"},
+    {"method": "p_tuning", "encoder": "lstm", "hidden_size": 8},
+    {"method": "prefix_tuning"},
 ]
 
 
@@ -144,8 +148,10 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
             run(spec, places[task], tmp_path)
         return
     facts = run(spec, places[task], tmp_path)
-    # A random frozen base gives so few weights little to work with.
-    assert facts["final_loss"] < 0.99 * facts["first_loss"]
+    # A random frozen base gives so few weights little to work with, and virtual tokens in front
+    # of it hardly more than a bias.
+    share = 0.999 if candidate["method"] in ("prompt_tuning", "p_tuning") else 0.99
+    assert facts["final_loss"] < share * facts["first_loss"]
     assert (tmp_path / "model" / TUNER).exists() == (
         candidate["method"] in ("bitfit", "bottleneck")
     )
@@ -155,7 +161,7 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
     ids = torch.arange(5, 13)[None]
     with torch.no_grad():
         assert not torch.allclose(
-            tuned(input_ids=ids).logits, base(input_ids=ids).logits, atol=0.05
+            run_on(tuned, {"input_ids": ids}).logits, base(input_ids=ids).logits, atol=0.05
         )
 
 
