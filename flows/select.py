@@ -14,10 +14,11 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Choice:
-    """The selected candidate and the reason, in words."""
+    """The selected candidate, the reason in words, and the figure that it was chosen by."""
 
     label: str
     why: str
+    goal: str
 
 
 def choose(select: Select, figures: dict[str, Figures]) -> Choice:
@@ -48,7 +49,7 @@ def choose(select: Select, figures: dict[str, Figures]) -> Choice:
         raise StageError("no candidate keeps the bounds of `select`:\n" + "\n".join(lines))
     sign = 1 if select.maximize else -1
     best = max(fitting, key=lambda label: sign * fitting[label][goal])
-    return Choice(best, _words(select, goal, best, fitting, broken))
+    return Choice(best, _words(select, goal, best, fitting, broken), goal)
 
 
 def _words(

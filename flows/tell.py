@@ -20,7 +20,8 @@ def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
     record.base = Subject.of("base", reports["base"])
     record.finished = Subject.of("finished", reports["finished"])
     record.candidates = [Subject.of(label, reports[label]) for label in outcome.trained]
-    record.selected, record.why = outcome.choice.label, outcome.choice.why
+    choice = outcome.choice
+    record.selected, record.why, record.goal = choice.label, choice.why, choice.goal
     record.registered, record.gate = outcome.registration, outcome.verdict
     record.promoted = outcome.promoted
     record.aliases = aliases(home, outcome.registration)
