@@ -45,6 +45,7 @@ class Subject(BaseModel):
     computation: dict[str, Any]
     accuracy: dict[str, Any]
     inference_overhead: list[dict[str, Any]]
+    swapping: dict[str, Any] | None = None
     figures: dict[str, float]
 
     @classmethod
@@ -92,6 +93,7 @@ class RunRecord(BaseModel):
     failed: dict[str, str] = Field(default_factory=dict)
     selected: str | None = None
     why: str | None = None
+    goal: str | None = None
     registered: Registration | None = None
     aliases: list[str] = Field(default_factory=list)
     gate: GateVerdict | None = None

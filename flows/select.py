@@ -16,10 +16,11 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Choice:
-    """The selected candidate and the reason, in words."""
+    """The selected candidate, the reason in words, and the figure that it was chosen by."""
 
     label: str
     why: str
+    goal: str
 
 
 def choose(
@@ -58,7 +59,7 @@ def choose(
     if select.prefer is not None:
         least = {label: fitting[label].get(select.prefer, math.inf) for label in [best, *equal]}
         chosen = min(least, key=lambda label: least[label])
-    return Choice(chosen, _words(select, goal, best, chosen, equal, fitting, broken))
+    return Choice(chosen, _words(select, goal, best, chosen, equal, fitting, broken), goal)
 
 
 def equals_of(

@@ -37,7 +37,8 @@ def finish(record: RunRecord, outcome: Outcome, home: Home) -> None:
         for label, found in outcome.searched.items()
         if found.at_the_edge
     ]
-    record.selected, record.why = outcome.choice.label, outcome.choice.why
+    choice = outcome.choice
+    record.selected, record.why, record.goal = choice.label, choice.why, choice.goal
     record.registered, record.gate = outcome.registration, outcome.verdict
     record.promoted = outcome.promoted
     record.aliases = aliases(home, outcome.registration)

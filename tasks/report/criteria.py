@@ -5,11 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schemas.report import CriteriaReport
+from schemas.stages import PageSpec
 from tasks.report.figures import CRITERIA, LATENCY, Figure, figure, page_order, scale
 from tasks.report.inputs import TITLES, Inputs
+from tasks.report.overhead import overhead_figure
+from tasks.report.plots import numbers
+from tasks.report.summary import quality_figure
 
 #: The same figure in another unit: shown once, in the row of the other.
 SAME = {"adapter_mib": "shipped_bytes"}
+#: Between the goal's metric and inference overhead.
+AT_A_GLANCE = (
+    "retention_change",
+    "shipped_bytes",
+    "trainable_share",
+    "train_peak_mib",
+    "flops_ratio_to_full",
+    "step_time_s",
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,15 @@ def marked(kind: Figure, values: dict[str, float], texts: dict[str, str]) -> dic
         if 2 * written.count(text) <= len(written)
     }
     return {name: marks[texts[name]] for name in values if texts[name] in marks}
+
+
+def overview(spec: PageSpec, inputs: Inputs, groups: list[Group]) -> list[Row]:
+    """Of many candidates, the figures that tell them apart at a glance; of few, none."""
+    if not numbers(spec):
+        return []
+    rows = {row.names.split()[0]: row for group in groups for row in group.rows}
+    wanted = (quality_figure(spec, inputs), *AT_A_GLANCE, overhead_figure(inputs))
+    return [rows[name] for name in wanted if name in rows]
 
 
 def measured_how(inputs: Inputs) -> list[How]:

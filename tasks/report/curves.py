@@ -32,7 +32,8 @@ def loss_plot(spec: PageSpec, inputs: Inputs) -> Plot | None:
     unit = "nats a row" if inputs.data.task == "sequence-classification" else "nats a token"
     axes = layout("Optimiser step", f"Training loss ({unit})")
     axes["hovermode"] = "x unified"
-    axes["legend"] = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+    # Below: above, many names run into the buttons.
+    axes["legend"] = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
     axes["showlegend"] = True
     return Plot(
         id="plot-loss",

@@ -18,11 +18,17 @@
     library.textContent = await new Response(stream).text();
     document.head.append(library);
     const figures = JSON.parse(document.getElementById("figures").textContent);
-    for (const plot of plots) {
-      plot.textContent = "";
-      const { data, layout } = figures[plot.id];
-      await Plotly.newPlot(plot, data, layout, config);
-    }
+    const draw = async (some) => {
+      for (const plot of some) {
+        plot.textContent = "";
+        const { data, layout } = figures[plot.id];
+        await Plotly.newPlot(plot, data, layout, config);
+      }
+    };
+    // What is folded away has no width to be drawn in.
+    const folded = document.getElementById("pairs");
+    await draw(plots.filter((plot) => !folded?.contains(plot)));
+    folded?.addEventListener("toggle", () => draw(folded.querySelectorAll(".plot")), { once: true });
   } catch (error) {
     for (const plot of plots) plot.textContent = `This plot could not be drawn: ${error}`;
     root.dataset.plots = "failed";
@@ -47,14 +53,15 @@
     });
   }
 
-  const fit = () => plots.forEach((plot) => Plotly.relayout(plot, { width: plot.clientWidth }));
+  const seen = () => plots.filter((plot) => plot.clientWidth && plot.data);
+  const fit = () => seen().forEach((plot) => Plotly.relayout(plot, { width: plot.clientWidth }));
   addEventListener("beforeprint", () => {
     root.classList.add("printing");
     fit();
   });
   addEventListener("afterprint", () => {
     root.classList.remove("printing");
-    plots.forEach((plot) => Plotly.relayout(plot, { autosize: true, width: null }));
+    seen().forEach((plot) => Plotly.relayout(plot, { autosize: true, width: null }));
   });
-  root.dataset.plots = String(plots.length);
+  root.dataset.plots = String(seen().length);
 })();

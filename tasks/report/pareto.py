@@ -10,6 +10,8 @@ Point = tuple[float, float]
 #: A front runs from its points to the right and from there up, so these places keep off it.
 LEFT_HALF = (("bottom right", 0.5, -1.0), ("top right", 0.5, 1.0), ("middle right", 0.6, 0.0))
 RIGHT_HALF = (("top left", -0.5, 1.0), ("middle left", -0.6, 0.0), ("bottom left", -0.5, -1.0))
+#: Where there is no room on the side of the middle.
+CENTRE = (("top center", 0.0, 1.0), ("bottom center", 0.0, -1.0))
 
 #: A letter and a line, as shares of a plot of about 330 by 230 pixels.
 LETTER, LINE = 0.021, 0.07
@@ -54,11 +56,14 @@ def label_positions(points: Sequence[Point], labels: Sequence[str]) -> list[str]
     chosen = []
     for i, ((x, y), label) in enumerate(zip(points, labels, strict=True)):
         width = LETTER * len(label) + MARKER
-        places = LEFT_HALF if x <= 0.5 else RIGHT_HALF
+        near, far = (LEFT_HALF, RIGHT_HALF) if x <= 0.5 else (RIGHT_HALF, LEFT_HALF)
+        places = (*near, *CENTRE, *far)
         boxes = [(x + right * width, y + up * LINE, width / 2) for _, right, up in places]
         others = [*taken, *markers[:i], *markers[i + 1 :]]
-        free = [n for n, box in enumerate(boxes) if not any(_cover(box, one) for one in others)]
-        best = free[0] if free else 0
+        # The fewest covered, and off the plot is worse than that; of equals the first.
+        covered = [sum(_cover(box, one) for one in others) for box in boxes]
+        outside = [box[0] - box[2] < 0 or box[0] + box[2] > 1 for box in boxes]
+        best = min(range(len(boxes)), key=lambda n: (outside[n] and n >= len(near), covered[n]))
         chosen.append(places[best][0])
         if label:
             taken.append(boxes[best])

@@ -16,7 +16,10 @@ from tasks.report.inputs import BASE, FINISHED
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "triangle-up", "cross", "triangle-down", "pentagon")
+GLYPHS = dict(zip(SYMBOLS, "●■▲✚▼⬟", strict=True))
 GREY = "#808890"
+#: More candidates than this are numbered where their names would cover one another.
+FEW = 6
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Style:
     symbol: str
     dash: str
 
+    @property
+    def glyph(self) -> str:
+        return GLYPHS[self.symbol]
+
 
 def styles(spec: PageSpec) -> dict[str, Style]:
     """One look for each subject in every plot; the finished model has its candidate's colour."""
@@ -50,6 +57,13 @@ def styles(spec: PageSpec) -> dict[str, Style]:
     looks[BASE] = Style(GREY, "x-thin-open", "dot")
     looks[FINISHED] = Style(looks[spec.selected].colour, "star", "solid")
     return looks
+
+
+def numbers(spec: PageSpec) -> dict[str, str]:
+    """Candidate: what stands for its name in a plot; empty where the names themselves do."""
+    if len(spec.labels) <= FEW:
+        return {}
+    return {label: str(number) for number, label in enumerate(spec.labels, start=1)}
 
 
 def layout(x_title: str, y_title: str) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from tasks.report.curves import loss_plot
 from tasks.report.figures import figure
 from tasks.report.inputs import TITLES, Inputs, read_inputs
 from tasks.report.lengths import length_plots
-from tasks.report.trade_offs import trade_offs
+from tasks.report.plots import numbers, styles
+from tasks.report.trade_offs import other_pairs, trade_offs
 
 HERE = Path(__file__).parent
 PAGE = "report.html"
@@ -42,10 +43,12 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    pareto = trade_offs(spec, inputs)
+    pareto, pairs = trade_offs(spec, inputs), other_pairs(spec, inputs)
+    table = criteria.criteria_table(inputs, spec.labels)
+    looks = styles(spec)
     loss = loss_plot(spec, inputs)
     lengths = length_plots(inputs.data)
-    drawn = [*pareto, *([loss] if loss else []), *lengths]
+    drawn = [*pareto, *pairs, *([loss] if loss else []), *lengths]
     script = (HERE / "page.js").read_text()
     plotly_js = get_plotlyjs()
     return environment.get_template("page.html.j2").render(
@@ -61,7 +64,10 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         apart=apart(inputs),
         recommendation=recommendation(spec, inputs),
         rates=rates(spec),
-        criteria=criteria.criteria_table(inputs, spec.labels),
+        criteria=table,
+        overview=criteria.overview(spec, inputs, table),
+        numbers=numbers(spec),
+        looks=looks,
         how=criteria.measured_how(inputs),
         device=sorted({f"{report.device}, {report.dtype}" for report in inputs.reports.values()}),
         latency=overhead.latency_table(inputs),
@@ -75,6 +81,7 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         recipe=provenance.without_directories(spec.recipe_yaml),
         better="Down" if figure(summary.quality_figure(spec, inputs)).better == "lower" else "Up",
         pareto=pareto,
+        pairs=pairs,
         loss=loss,
         lengths=lengths,
         figures={plot.id: plot.spec for plot in drawn},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from schemas.report import Interval
@@ -13,7 +14,7 @@ from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import BASE, TITLES, Inputs
 from tasks.report.overhead import figure_or_merged, overhead_figure
 from tasks.report.pareto import joined_labels, label_positions, pareto_front
-from tasks.report.plots import GREY, Plot, Style, layout, short, styles
+from tasks.report.plots import GREY, Plot, Style, layout, numbers, short, styles
 from tasks.report.summary import quality_figure
 
 AGAINST = {
@@ -41,6 +42,24 @@ class Subject:
 
 def trade_offs(spec: PageSpec, inputs: Inputs) -> list[Plot]:
     """One plot for each criterion of which the candidates have a figure."""
+    y_name = quality_figure(spec, inputs)
+    return [
+        _plot(criterion, x_name, criterion, y_name, spec, inputs)
+        for criterion, x_name in compared(spec, inputs).items()
+    ]
+
+
+def other_pairs(spec: PageSpec, inputs: Inputs) -> list[Plot]:
+    """The criteria other than the goal's metric against each other, two by two."""
+    pairs = combinations(compared(spec, inputs).items(), 2)
+    return [
+        _plot(f"{one}-{other}", x_name, one, y_name, spec, inputs)
+        for (one, x_name), (other, y_name) in pairs
+    ]
+
+
+def compared(spec: PageSpec, inputs: Inputs) -> dict[str, str]:
+    """Criterion: the figure that stands for it, where the candidates have one."""
     having = {name for label in spec.labels for name in inputs.reports[label].figures()}
     wanted = {
         "storage": "shipped_bytes",
@@ -49,32 +68,24 @@ def trade_offs(spec: PageSpec, inputs: Inputs) -> list[Plot]:
         "overhead": overhead_figure(inputs),
         "retention": "retention_change",
     }
-    y_name = quality_figure(spec, inputs)
-    plots = []
-    for criterion, x_name in wanted.items():
-        if x_name in having:
-            points = _subjects(x_name, y_name, inputs)
-            plots.append(_plot(criterion, x_name, y_name, points, inputs, styles(spec)))
-    return plots
+    return {criterion: name for criterion, name in wanted.items() if name in having}
 
 
 def _subjects(x_name: str, y_name: str, inputs: Inputs) -> list[Subject]:
     points = []
     for name, report in inputs.reports.items():
-        x, y = figure_or_merged(report.figures(), x_name), report.accuracy.metrics.get(y_name)
+        flat = report.figures()
+        x, y = figure_or_merged(flat, x_name), report.accuracy.metrics.get(y_name)
+        if y is None and (value := figure_or_merged(flat, y_name)) is not None:
+            y = Interval(value=value, low=value, high=value)
         if x is not None and y is not None and math.isfinite(x) and math.isfinite(y.value):
             points.append(Subject(name, x, y))
     return points
 
 
-def _plot(
-    criterion: str,
-    x_name: str,
-    y_name: str,
-    points: list[Subject],
-    inputs: Inputs,
-    looks: dict[str, Style],
-) -> Plot:
+def _plot(key: str, x_name: str, against: str, y_name: str, spec: PageSpec, inputs: Inputs) -> Plot:
+    points, looks = _subjects(x_name, y_name, inputs), styles(spec)
+    shown = numbers(spec)
     x_kind, y_kind = figure(x_name), figure(y_name)
     x_scale = scale(x_kind, [point.x for point in points])
     y_scale = scale(y_kind, [point.y.value for point in points])
@@ -99,7 +110,7 @@ def _plot(
         (_share(along(point), frame_x), _share(point.y.value / y_scale.factor, frame_y))
         for point in drawn
     ]
-    labels = joined_labels(places, [_title(point.name) for point in drawn])
+    labels = joined_labels(places, [shown.get(point.name, _title(point.name)) for point in drawn])
     positions = label_positions(places, labels)
 
     best_first = y_kind.better != "lower"
@@ -115,8 +126,8 @@ def _plot(
                 "textposition": position,
                 "hovertemplate": f"<b>{_title(point.name)}</b><br>"
                 f"{y_kind.title} {in_words(y_name, point.y.value)}<br>"
-                f"95 % interval {interval}<br>"
-                f"{x_kind.title} {in_words(x_name, point.x)}<extra></extra>",
+                + (f"95 % interval {interval}<br>" if point.y.low < point.y.high else "")
+                + f"{x_kind.title} {in_words(x_name, point.x)}<extra></extra>",
             }
         )
 
@@ -130,8 +141,8 @@ def _plot(
         for point in drawn
     )
     return Plot(
-        id=f"plot-{criterion}",
-        title=f"{y_kind.title} against {AGAINST[criterion]}",
+        id=f"plot-{key}",
+        title=f"{y_kind.title} against {AGAINST[against]}",
         spoken=f"{y_kind.title} against {x_kind.title.lower()}. {spoken}.",
         note=_note(y_name, base, base_inside, base in drawn, points, inputs),
         spec={"data": traces, "layout": looks_of_axes},

@@ -10,7 +10,8 @@ import pytest
 from schemas.stages import PageSpec
 from tasks.report.run import run
 
-PLOTS = "document.querySelectorAll('.plot')"
+#: Those that are not folded away.
+PLOTS = "document.querySelectorAll('.plot:not(#pairs .plot)')"
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,7 @@ def test_no_directories_of_the_machine(page: str, entries: dict[str, Path]) -> N
 def test_plotly_knows_every_key_of_every_plot(markup: Markup) -> None:
     """plotly.js ignores what it does not know; the Python schema refuses it."""
     figures = json.loads(markup.scripts["figures"])
-    assert len(figures) == 9
+    assert len(figures) == 9 + 10  # and the folded pairs
     for figure in figures.values():
         go.Figure(figure)
 
