@@ -196,7 +196,9 @@ def test_a_padded_text_is_classified_as_it_is_alone(candidate, base):
         assert torch.allclose(together, alone, atol=1e-5)
         weight = model.prompt_encoder["default"].embedding.weight
         weight += torch.randn_like(weight)
-        assert not torch.allclose(soft.run(model, **padded(rows, left=False)).logits, alone, atol=1e-3)
+        assert not torch.allclose(
+            soft.run(model, **padded(rows, left=False)).logits, alone, atol=1e-3
+        )
 
 
 @soft_prompts
