@@ -1,4 +1,4 @@
-"""Soft prompts are attended to, are one cache for all rows, and are refused where they cannot be."""
+"""Soft prompts are attended to, are one cache for all rows, and refused where they cannot be."""
 
 from __future__ import annotations
 
