@@ -123,6 +123,16 @@ class LayerNorm(CandidateBase):
     method: Literal["layer_norm"]
 
 
+class LastLayers(CandidateBase):
+    """Every weight of the top blocks and of the final norm. Lee et al. 2019, arXiv:1911.03090."""
+
+    method: Literal["last_layers"]
+    layers: int = Field(2, ge=1, description="Blocks to train, counted from the top.")
+
+    def default_name(self) -> str:
+        return f"last_layers-{self.layers}"
+
+
 class BitFit(CandidateBase):
     """The model's own biases and nothing else. Ben Zaken et al. 2022, arXiv:2106.10199."""
 
@@ -167,6 +177,6 @@ class Bottleneck(CandidateBase):
 
 
 Candidate = Annotated[
-    Full | Lora | Ia3 | LayerNorm | BitFit | Bottleneck,
+    Full | Lora | Ia3 | LayerNorm | LastLayers | BitFit | Bottleneck,
     Field(discriminator="method"),
 ]

@@ -41,6 +41,8 @@ class Method:
     rate_of: from a candidate and a weight's name, what its learning rate is multiplied with.
     decays: whether weight decay, where a recipe asks for it, is meant for a weight of that name;
         biases and norms never decay.
+    replaces: whether what it trains takes the place of the base's own weights, in their dtype;
+        it is then saved in that dtype, since nothing reads more of it.
     tuner: the file that PEFT needs to load it again, where PEFT itself lacks the method; it
         travels with the adapter.
     """
@@ -56,6 +58,7 @@ class Method:
     trainable_parameters: Count
     rate_of: Callable[[Any, str], float] = lambda candidate, name: 1.0
     decays: Callable[[str], bool] = lambda name: True
+    replaces: bool = False
     tuner: Path | None = None
 
 

@@ -24,7 +24,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from schemas.candidates import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora
+from schemas.candidates import BitFit, Bottleneck, Full, Ia3, LastLayers, LayerNorm, Lora
 from schemas.errors import UserError
 from schemas.recipe import Train
 from tasks.core.models import head_modules
@@ -62,6 +62,7 @@ CANDIDATES = {
     "lora": Lora(method="lora", rank=4),
     "ia3": Ia3(method="ia3"),
     "layer_norm": LayerNorm(method="layer_norm"),
+    "last_layers": LastLayers(method="last_layers", layers=1),
     "bitfit": BitFit(method="bitfit"),
     "bottleneck": Bottleneck(method="bottleneck", reduction_factor=4),
 }

@@ -93,6 +93,7 @@ LORA = {"method": "lora", "rank": 4}
 OTHERS = [
     {"method": "ia3"},
     {"method": "layer_norm"},
+    {"method": "last_layers", "layers": 1},
     {"method": "bitfit"},
     {"method": "lora", "rank": 4, "rslora": True, "dora": True, "b_rate": 4},
     {"method": "bottleneck", "placement": "double_sequential", "reduction_factor": 4},
