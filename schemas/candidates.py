@@ -86,8 +86,20 @@ class Lora(CandidateBase):
         "Hayou et al. 2024, arXiv:2402.12354.",
     )
 
+    init: Literal["default", "pissa", "olora"] = Field(
+        "default",
+        description="Where A and B start: default, at an update of zero; pissa, in the largest "
+        "singular values of W (Meng et al. 2024, arXiv:2404.02948); olora, in its QR "
+        "decomposition (Büyükakyüz 2024, arXiv:2406.01775). Those two ship twice the rank.",
+    )
+
     def default_name(self) -> str:
-        kinds = {"rs": self.rslora, "dora": self.dora, "plus": self.b_rate != 1}
+        kinds = {
+            self.init: self.init != "default",
+            "rs": self.rslora,
+            "dora": self.dora,
+            "plus": self.b_rate != 1,
+        }
         return "-".join(["lora", f"r{self.rank}", *(kind for kind, on in kinds.items() if on)])
 
 

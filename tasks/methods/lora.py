@@ -5,7 +5,8 @@ shape (out, in) it trains rank * (in + out) weights; for classification the head
 
 Of its variants: rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732), DoRA
 learns each row's length apart (Liu et al. 2024, arXiv:2402.09353), LoRA+ gives B a higher rate
-(Hayou et al. 2024, arXiv:2402.12354).
+(Hayou et al. 2024, arXiv:2402.12354); PiSSA and OLoRA start elsewhere
+(`tasks/methods/residual.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from schemas.candidates import Lora
 from schemas.errors import Problem, UserError
 from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.residual import PEFT_NAMES, ResidualCourse
 from tasks.methods.targets import linear_targets
 
 PLACE = "candidates[method=lora]"
@@ -31,6 +33,8 @@ def build(model: PreTrainedModel, candidate: Lora, task: str) -> nn.Module:
         UserError: a target that matches no linear layer, or a rank that a target cannot have.
     """
     ranks = checked_ranks(model, candidate)
+    # Shapes alone have no singular values.
+    shapes_only = next(model.parameters()).is_meta
     config = LoraConfig(
         **task_settings(model, task),
         r=candidate.rank,
@@ -43,6 +47,7 @@ def build(model: PreTrainedModel, candidate: Lora, task: str) -> nn.Module:
         },
         use_rslora=candidate.rslora,
         use_dora=candidate.dora,
+        init_lora_weights=True if shapes_only else PEFT_NAMES[candidate.init],
     )
     return adapted(model, config, PLACE)
 
@@ -114,4 +119,5 @@ METHOD = Method(
     build=build,
     trainable_parameters=trainable_parameters,
     rate_of=rate_of,
+    course=ResidualCourse,
 )

@@ -13,6 +13,7 @@ from torch import nn
 
 from schemas.errors import UserError
 from tasks.core.models import head_modules
+from tasks.methods.course import Course
 
 TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
@@ -41,6 +42,8 @@ class Method:
     rate_of: from a candidate and a weight's name, what its learning rate is multiplied with.
     decays: whether weight decay, where a recipe asks for it, is meant for a weight of that name;
         biases and norms never decay.
+    course: what it does in a run beside what the optimiser does, from the model, the candidate
+        and the run's steps (`tasks/methods/course.py`).
     replaces: whether what it trains takes the place of the base's own weights, in their dtype;
         it is then saved in that dtype, since nothing reads more of it.
     tuner: the file that PEFT needs to load it again, where PEFT itself lacks the method; it
@@ -58,6 +61,7 @@ class Method:
     trainable_parameters: Count
     rate_of: Callable[[Any, str], float] = lambda candidate, name: 1.0
     decays: Callable[[str], bool] = lambda name: True
+    course: Callable[[nn.Module, Any, int], Course] = Course
     replaces: bool = False
     tuner: Path | None = None
 
