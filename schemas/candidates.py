@@ -103,6 +103,46 @@ class Lora(CandidateBase):
         return "-".join(["lora", f"r{self.rank}", *(kind for kind, on in kinds.items() if on)])
 
 
+class AdaLora(CandidateBase):
+    """LoRA whose ranks go to the layers that need them. Zhang et al. 2023, arXiv:2303.10512."""
+
+    method: Literal["adalora"]
+    rank: int = Field(8, ge=1, description="In the end, on average over the layers.")
+    initial_rank: int = Field(12, ge=2, description="Of every layer at the start.")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / initial_rank.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Linear layers by the last part of their name, e.g. [q_proj, v_proj].",
+    )
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps before the first rank is taken away."
+    )
+    final: float = Field(
+        0.3, ge=0, lt=1, description="Share of the steps, the last ones, with the final ranks."
+    )
+    orthogonality: float = Field(
+        0.5, ge=0, description="Weight of the penalty that holds rows of A and columns of B apart."
+    )
+
+    @model_validator(mode="after")
+    def _ranks_fall(self) -> AdaLora:
+        if self.rank >= self.initial_rank:
+            raise ValueError(
+                f"rank {self.rank} is not below initial_rank {self.initial_rank}, so no rank would "
+                "be taken away: raise initial_rank, or use method: lora"
+            )
+        if self.warmup + self.final >= 1:
+            raise ValueError(
+                f"warmup {self.warmup} and final {self.final} leave no step in which ranks are "
+                "taken away: lower one of them"
+            )
+        return self
+
+    def default_name(self) -> str:
+        return f"adalora-r{self.rank}"
+
+
 class Ia3(CandidateBase):
     """IA3: keys, values and what the feed-forward reads, each scaled by a learned vector.
 
@@ -189,6 +229,6 @@ class Bottleneck(CandidateBase):
 
 
 Candidate = Annotated[
-    Full | Lora | Ia3 | LayerNorm | LastLayers | BitFit | Bottleneck,
+    Full | Lora | AdaLora | Ia3 | LayerNorm | LastLayers | BitFit | Bottleneck,
     Field(discriminator="method"),
 ]

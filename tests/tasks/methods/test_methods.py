@@ -24,7 +24,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from schemas.candidates import BitFit, Bottleneck, Full, Ia3, LastLayers, LayerNorm, Lora
+from schemas.candidates import AdaLora, BitFit, Bottleneck, Full, Ia3, LastLayers, LayerNorm, Lora
 from schemas.errors import UserError
 from schemas.recipe import Train
 from tasks.core.models import head_modules
@@ -60,6 +60,7 @@ BASES = {
 CANDIDATES = {
     "full": Full(method="full"),
     "lora": Lora(method="lora", rank=4),
+    "adalora": AdaLora(method="adalora", rank=2, initial_rank=4),
     "ia3": Ia3(method="ia3"),
     "layer_norm": LayerNorm(method="layer_norm"),
     "last_layers": LastLayers(method="last_layers", layers=1),
@@ -95,7 +96,12 @@ def test_what_is_trained_is_the_formula_in_float32(name, task, dtype):
     assert sum(weight.numel() for weight in weights.values()) == expected
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     if not method.trained_base:
-        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        frozen = [
+            weight
+            for name, weight in model.named_parameters()
+            # AdaLoRA's is a number that PEFT keeps as a weight.
+            if not weight.requires_grad and ".ranknum." not in name
+        ]
         assert all(weight.dtype == dtype for weight in frozen)
 
 

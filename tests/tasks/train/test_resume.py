@@ -215,8 +215,12 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, paths, capfd, name)
         {"method": "full"},
         {"method": "lora", "rank": 4, "init": "pissa"},
         {"method": "lora", "rank": 4, "init": "olora"},
+        # Steps 2 to 4 give ranks away, and 5 and 6 have the last ones.
+        {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0.2, "final": 0.34},
+        # Still giving them away when it is killed.
+        {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0, "final": 0},
     ],
-    ids=lambda candidate: candidate.get("init", candidate["method"]),
+    ids=["full", "pissa", "olora", "adalora-final", "adalora"],
 )
 @pytest.mark.parametrize("lost", [0, 1])
 def test_every_kind_of_state_resumes_in_the_same_bytes(tmp_path, paths, candidate, lost):

@@ -91,6 +91,7 @@ def make_spec(task: str, candidate: dict[str, object], dtype: str = "float32", *
 FULL = {"method": "full"}
 LORA = {"method": "lora", "rank": 4}
 OTHERS = [
+    {"method": "adalora", "rank": 3, "initial_rank": 6},
     {"method": "ia3"},
     {"method": "layer_norm"},
     {"method": "last_layers", "layers": 1},
