@@ -53,10 +53,9 @@ class Full(CandidateBase):
     method: Literal["full"]
 
 
-class Lora(CandidateBase):
-    """Low-rank adaptation, W + (alpha / rank) B A. Hu et al. 2021, arXiv:2106.09685."""
+class LoraBase(CandidateBase):
+    """What LoRA has whatever its base is kept in."""
 
-    method: Literal["lora"]
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -86,6 +85,16 @@ class Lora(CandidateBase):
         "Hayou et al. 2024, arXiv:2402.12354.",
     )
 
+    def default_name(self) -> str:
+        kinds = {"rs": self.rslora, "dora": self.dora, "plus": self.b_rate != 1}
+        chosen = (kind for kind, on in kinds.items() if on)
+        return "-".join([self.method, f"r{self.rank}", *chosen])
+
+
+class Lora(LoraBase):
+    """Low-rank adaptation, W + (alpha / rank) B A. Hu et al. 2021, arXiv:2106.09685."""
+
+    method: Literal["lora"]
     init: Literal["default", "pissa", "olora"] = Field(
         "default",
         description="Where A and B start: default, at an update of zero; pissa, in the largest "
@@ -94,13 +103,20 @@ class Lora(CandidateBase):
     )
 
     def default_name(self) -> str:
-        kinds = {
-            self.init: self.init != "default",
-            "rs": self.rslora,
-            "dora": self.dora,
-            "plus": self.b_rate != 1,
-        }
-        return "-".join(["lora", f"r{self.rank}", *(kind for kind, on in kinds.items() if on)])
+        start = "" if self.init == "default" else f"-{self.init}"
+        return super().default_name() + start
+
+
+class QLora(LoraBase):
+    """LoRA on a base in 4 bits. Dettmers et al. 2023, arXiv:2305.14314."""
+
+    method: Literal["qlora"]
+    quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="Levels for weights as they are spread, or evenly for floats."
+    )
+    double_quantisation: bool = Field(
+        True, description="The scales of the blocks are quantised too: 0.37 bits a weight less."
+    )
 
 
 class AdaLora(CandidateBase):
@@ -229,6 +245,6 @@ class Bottleneck(CandidateBase):
 
 
 Candidate = Annotated[
-    Full | Lora | AdaLora | Ia3 | LayerNorm | LastLayers | BitFit | Bottleneck,
+    Full | Lora | QLora | AdaLora | Ia3 | LayerNorm | LastLayers | BitFit | Bottleneck,
     Field(discriminator="method"),
 ]

@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 
 from schemas.report import Storage
+from tasks.core import quantised
 from tasks.evaluate.subject import Subject
 
-#: What PEFT reads of an adapter's directory.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+#: What is read of an adapter's directory, by PEFT, and by us where the base is quantised.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", quantised.FILE)
 
 HOW = (
     "bytes of the files that loading needs beside the base: an adapter's weights and "
@@ -38,7 +39,8 @@ def shipped_files(subject: Subject) -> list[Path]:
     if subject.model_dir is None:
         return []
     if subject.is_adapter:
-        return [subject.model_dir / name for name in ADAPTER_FILES]
+        paths = [subject.model_dir / name for name in ADAPTER_FILES]
+        return [path for path in paths if path.exists()]
     return sorted(path for path in subject.model_dir.rglob("*") if path.is_file())
 
 

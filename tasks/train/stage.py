@@ -53,7 +53,14 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     floor = 0.0 if runtime.device().type == "cuda" else runtime.resident_mib()
 
     base_dtype: runtime.Dtype = "float32" if method.trained_base else spec.dtype
-    model: Any = load_base(paths["base"], spec.task, labels, base_dtype, head_seed=spec.train.seed)
+    model: Any = load_base(
+        paths["base"],
+        spec.task,
+        labels,
+        base_dtype,
+        head_seed=spec.train.seed,
+        quantisation=method.quantises(spec.candidate),
+    )
     total, pad_id = count_parameters(model), pad_token(model)
     expected = method.trainable_parameters(model, spec.candidate, spec.task)
     torch.manual_seed(spec.train.seed)

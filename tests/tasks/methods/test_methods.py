@@ -24,7 +24,17 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from schemas.candidates import AdaLora, BitFit, Bottleneck, Full, Ia3, LastLayers, LayerNorm, Lora
+from schemas.candidates import (
+    AdaLora,
+    BitFit,
+    Bottleneck,
+    Full,
+    Ia3,
+    LastLayers,
+    LayerNorm,
+    Lora,
+    QLora,
+)
 from schemas.errors import UserError
 from schemas.recipe import Train
 from tasks.core.models import head_modules
@@ -60,6 +70,7 @@ BASES = {
 CANDIDATES = {
     "full": Full(method="full"),
     "lora": Lora(method="lora", rank=4),
+    "qlora": QLora(method="qlora", rank=4),
     "adalora": AdaLora(method="adalora", rank=2, initial_rank=4),
     "ia3": Ia3(method="ia3"),
     "layer_norm": LayerNorm(method="layer_norm"),

@@ -54,7 +54,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
-        hidden_size=32,
+        hidden_size=64,  # A block of QLoRA's.
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -213,6 +213,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, paths, capfd, name)
     "candidate",
     [
         {"method": "full"},
+        {"method": "qlora", "rank": 4},
         {"method": "lora", "rank": 4, "init": "pissa"},
         {"method": "lora", "rank": 4, "init": "olora"},
         # Steps 2 to 4 give ranks away, and 5 and 6 have the last ones.
@@ -220,7 +221,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, paths, capfd, name)
         # Still giving them away when it is killed.
         {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0, "final": 0},
     ],
-    ids=["full", "pissa", "olora", "adalora-final", "adalora"],
+    ids=["full", "qlora", "pissa", "olora", "adalora-final", "adalora"],
 )
 @pytest.mark.parametrize("lost", [0, 1])
 def test_every_kind_of_state_resumes_in_the_same_bytes(tmp_path, paths, candidate, lost):
