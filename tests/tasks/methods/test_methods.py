@@ -25,15 +25,18 @@ from transformers import (
 )
 
 from schemas.candidates import (
+    AdaLora,
     BitFit,
     Bottleneck,
     Full,
     Ia3,
+    LastLayers,
     LayerNorm,
     Lora,
     PrefixTuning,
     PromptTuning,
     PTuning,
+    QLora,
 )
 from schemas.errors import UserError
 from schemas.recipe import Train
@@ -70,8 +73,11 @@ BASES = {
 CANDIDATES = {
     "full": Full(method="full"),
     "lora": Lora(method="lora", rank=4),
+    "qlora": QLora(method="qlora", rank=4),
+    "adalora": AdaLora(method="adalora", rank=2, initial_rank=4),
     "ia3": Ia3(method="ia3"),
     "layer_norm": LayerNorm(method="layer_norm"),
+    "last_layers": LastLayers(method="last_layers", layers=1),
     "bitfit": BitFit(method="bitfit"),
     "bottleneck": Bottleneck(method="bottleneck", reduction_factor=4),
     "prompt_tuning": PromptTuning(method="prompt_tuning", virtual_tokens=5),
@@ -109,7 +115,12 @@ def test_what_is_trained_is_the_formula_in_float32(name, task, dtype):
     assert sum(weight.numel() for weight in weights.values()) == expected
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     if not method.trained_base:
-        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        frozen = [
+            weight
+            for name, weight in model.named_parameters()
+            # AdaLoRA's is a number that PEFT keeps as a weight.
+            if not weight.requires_grad and ".ranknum." not in name
+        ]
         assert all(weight.dtype == dtype for weight in frozen)
 
 
