@@ -96,16 +96,12 @@ class Calls:
 
     def train(self, candidate: Candidate, rows: Made) -> Step:
         plain = candidate.model_copy(update={"name": None, "train": TrainOverrides()})
-        spec = TrainSpec(
-            task=self.recipe.task,
-            candidate=plain,
-            train=self.recipe.train.for_candidate(candidate.train),
-            dtype=self.dtype,
-        )
-        kind: FileFormat = "transformers" if candidate.method == "full" else "peft-adapter"
-        return self._step(
-            spec, kind, {"prepared": rows}, self._with_base, self._weights, candidate.label
-        )
+        schedule = self.recipe.train.for_candidate(candidate.train)
+        if candidate.FORMAT == "prompt":  # nothing is trained: of the schedule it reads the seed
+            schedule = Train(seed=schedule.seed)
+        spec = TrainSpec(task=self.recipe.task, candidate=plain, train=schedule, dtype=self.dtype)
+        kind, inputs = candidate.FORMAT, {"prepared": rows}
+        return self._step(spec, kind, inputs, self._with_base, self._weights, candidate.label)
 
     def evaluate(self, label: str, rows: Made, subject: Made | None) -> Step:
         """`subject` is None for the untouched base; `label` is `base`, `finished` or a candidate's.

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from flows.calls import Calls, Made, Step
 from flows.select import Choice, choose
+from schemas.candidates import Candidate
 from schemas.errors import StageError
 from schemas.report import CriteriaReport, GateVerdict, Registration
 from tasks.register.gate import judge
@@ -67,9 +68,8 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     choice = choose(recipe.select, figures)
 
     finished, chosen = trained[choice.label], candidates[choice.label]
-    if recipe.finish.merge and not chosen.MERGES and chosen.method != "full":
-        beside = f"; {chosen.method} cannot be merged and is served beside its base"
-        choice = replace(choice, why=choice.why + beside)
+    if recipe.finish.merge and not chosen.MERGES and chosen.FORMAT != "transformers":
+        choice = replace(choice, why=f"{choice.why}; {chosen.method} {unmerged(chosen)}")
     if recipe.finish.merge and chosen.MERGES:
         finished = hands.make(calls.merge(choice.label, rows, finished))
     evaluated["finished"] = hands.make(calls.evaluate("finished", rows, finished))
@@ -92,6 +92,13 @@ def story(calls: Calls, hands: Hands) -> Outcome:
         verdict,
         promoted,
     )
+
+
+def unmerged(candidate: Candidate) -> str:
+    """How a candidate is served that cannot be folded into its base."""
+    if candidate.FORMAT == "prompt":
+        return "has no weights to merge and is served as its base and what stands before a prompt"
+    return "cannot be merged and is served beside its base"
 
 
 def page_inputs(

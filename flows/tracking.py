@@ -97,9 +97,11 @@ class Tracker:
 
     def _trained(self, candidate: Candidate, path: Path) -> None:
         run_id = self._child(candidate.label)
-        schedule = self._recipe.train.for_candidate(candidate.train)
         settings = candidate.model_dump(mode="json", exclude={"name", "train"})
-        self._params(run_id, settings | {"train": schedule.model_dump(mode="json")})
+        if candidate.FORMAT != "prompt":
+            schedule = self._recipe.train.for_candidate(candidate.train)
+            settings["train"] = schedule.model_dump(mode="json")
+        self._params(run_id, settings)
         curve = CURVE.validate_json((path / "curve.json").read_bytes())
         rows = [
             (name, value, point.step)

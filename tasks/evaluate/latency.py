@@ -57,26 +57,31 @@ def measure(
     task: str,
     evaluate: Evaluate,
     merged: frozenset[str],
+    more: dict[str, int] | None = None,
 ) -> list[Latency]:
     """One row for each model and batch size, but for the reference alone among others.
 
     Args:
         models: name to model; `base` is the reference. Alone, it is measured against itself.
         merged: the names of those that are merged.
+        more: by how many tokens a model's prompts are longer than `prompt_tokens`, by name.
     """
     results: list[Latency] = []
     orders = list(permutations(models))
     rounds = len(evaluate.batch_sizes) * (WARM_UPS + evaluate.repeats)
     with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
         for batch_size in evaluate.batch_sizes:
-            length = workload.prompt_length(models["base"], evaluate.prompt_tokens, DECODE_TOKENS)
-            batch = workload.inputs(rows, task, batch_size, length)
+            batches = {}
+            for name, model in models.items():
+                wanted = evaluate.prompt_tokens + (more or {}).get(name, 0)
+                length = workload.prompt_length(model, wanted, DECODE_TOKENS)
+                batches[name] = workload.inputs(rows, task, batch_size, length)
             times = {name: Times() for name in models}
             for turn in range(WARM_UPS + evaluate.repeats):
                 # Every order in turn: what a model leaves in the caches meets all others alike.
                 for name in orders[turn % len(orders)]:
                     sink = times[name] if turn >= WARM_UPS else Times()
-                    time_once(models[name], batch, task, sink)
+                    time_once(models[name], batches[name], task, sink)
                 progress.advance()
             for name in models:
                 if name != "base" or len(models) == 1:

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from schemas.report import Storage
+from tasks.core.shots import EXAMPLES, PROMPT
 from tasks.evaluate.subject import Subject
 
 #: What PEFT reads of an adapter's directory.
@@ -39,6 +40,9 @@ def shipped_files(subject: Subject) -> list[Path]:
         return []
     if subject.is_adapter:
         return [subject.model_dir / name for name in ADAPTER_FILES]
+    if subject.is_prompt:
+        shown = (subject.model_dir / EXAMPLES).exists()
+        return [subject.model_dir / name for name in (PROMPT, EXAMPLES) if shown]
     return sorted(path for path in subject.model_dir.rglob("*") if path.is_file())
 
 
