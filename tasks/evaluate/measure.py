@@ -144,14 +144,16 @@ def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
 
 def shown(how: dict[str, str], more: int) -> dict[str, str]:
     """The same words with what examples in front of a prompt change."""
-    longer = f"the subject's prompts are {more} tokens longer, as the median test row's are by"
-    longer += " its examples"
+    longer = (
+        f"the subject's prompts are {more} tokens longer: what examples add to the median test row"
+    )
     return how | {
+        "storage": f"{how['storage']}; of examples all rows that they are chosen from",
         "memory": f"{how['memory']}; {longer}",
-        "computation": f"{how['computation']}. Nothing is trained; forward: a token of any kind, "
-        "examples in front of a prompt are more of them",
-        "accuracy": f"{how['accuracy']}; answers with examples in front of each prompt, which are "
-        "not scored; general text without them, so that retention is the base's",
+        "computation": f"{how['computation']}. Nothing is trained; a token costs what it costs "
+        "the base, and examples in front of a prompt are further tokens",
+        "accuracy": f"{how['accuracy']}. Answers with examples in front of each prompt, which "
+        "are not scored; retention without them, so that it is the base's",
         "inference_overhead": f"{how['inference_overhead']}; {longer}",
     }
 

@@ -326,3 +326,29 @@ def test_how_often_a_checkpoint_is_written_changes_no_key_but_the_pages(place: P
     assert {title for title in often if often[title] != seldom[title]} == {"report"}
     longer = keys(calls(place, train={"checkpoint_every_s": 1, "max_steps": 9}))
     assert longer["train full"] != often["train full"]
+
+
+def test_a_prompt_is_trained_by_what_it_reads_alone(place: Path) -> None:
+    """Not by the schedule, but by how many examples, how they are chosen, and the seed."""
+
+    def key(train: dict[str, Any] | None = None, **candidate: Any) -> str:
+        asked = [{"method": "few_shot", "name": "shown", **candidate}]
+        changes = {"candidates": asked, "select": {"minimize": "loss"}, "train": train or {}}
+        return keys(calls(place, **changes))["train shown"]
+
+    first = key()
+    assert key({"learning_rate": 1e-2, "max_steps": 9}) == first
+    others = [key(examples=3), key(choose="seed"), key({"seed": 1}, choose="seed")]
+    assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "few_shot"])
+def test_a_selected_prompt_is_registered_as_it_is_and_said(place: Path, method: str) -> None:
+    candidates = [{"method": method, "name": "asked"}, {"method": "lora", "rank": 2}]
+    outcome, hands = told(calls(place, candidates=candidates), asked=0.5)
+    assert outcome.choice.label == "asked"
+    assert f"{method} has no weights to merge and is served as its base" in outcome.choice.why
+    assert not any(step.call.stage == "merge" for step in hands.made)
+    by_title = {step.title: step.call for step in hands.made}
+    assert by_title["train asked"].format == "prompt"
+    assert by_title["register"].inputs["finished"] == key_of(by_title["train asked"])
