@@ -28,6 +28,7 @@ from schemas.errors import StageError, UserError
 from tasks.core.bases import require_safetensors
 from tasks.core.progress import warn
 from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.core.shots import is_prompt
 
 MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
@@ -171,9 +172,13 @@ def load_trained(
 ) -> torch.nn.Module:
     """What a train or merge entry holds in `model/`: an adapter on its base, or a whole model.
 
+    Of a prompt it is the base: what stands before a question is no part of the model.
+
     Raises:
         StageError: tensors are missing.
     """
+    if is_prompt(model_dir):
+        return cast(torch.nn.Module, load_base(base, task, labels, dtype))
     if (model_dir / "adapter_config.json").exists():
         from peft import PeftModel
 
