@@ -107,10 +107,9 @@ class FewShot(PromptBase):
         return f"few_shot-{self.examples}" + ("-seed" if self.choose == "seed" else "")
 
 
-class Lora(CandidateBase):
-    """Low-rank adaptation, W + (alpha / rank) B A. Hu et al. 2021, arXiv:2106.09685."""
+class LoraBase(CandidateBase):
+    """What LoRA has whatever its base is kept in."""
 
-    method: Literal["lora"]
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -142,7 +141,76 @@ class Lora(CandidateBase):
 
     def default_name(self) -> str:
         kinds = {"rs": self.rslora, "dora": self.dora, "plus": self.b_rate != 1}
-        return "-".join(["lora", f"r{self.rank}", *(kind for kind, on in kinds.items() if on)])
+        chosen = (kind for kind, on in kinds.items() if on)
+        return "-".join([self.method, f"r{self.rank}", *chosen])
+
+
+class Lora(LoraBase):
+    """Low-rank adaptation, W + (alpha / rank) B A. Hu et al. 2021, arXiv:2106.09685."""
+
+    method: Literal["lora"]
+    init: Literal["default", "pissa", "olora"] = Field(
+        "default",
+        description="Where A and B start: default, at an update of zero; pissa, in the largest "
+        "singular values of W (Meng et al. 2024, arXiv:2404.02948); olora, in its QR "
+        "decomposition (Büyükakyüz 2024, arXiv:2406.01775). Those two ship twice the rank.",
+    )
+
+    def default_name(self) -> str:
+        start = "" if self.init == "default" else f"-{self.init}"
+        return super().default_name() + start
+
+
+class QLora(LoraBase):
+    """LoRA on a base in 4 bits. Dettmers et al. 2023, arXiv:2305.14314."""
+
+    method: Literal["qlora"]
+    quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="Levels for weights as they are spread, or evenly for floats."
+    )
+    double_quantisation: bool = Field(
+        True, description="The scales of the blocks are quantised too: 0.37 bits a weight less."
+    )
+
+
+class AdaLora(CandidateBase):
+    """LoRA whose ranks go to the layers that need them. Zhang et al. 2023, arXiv:2303.10512."""
+
+    method: Literal["adalora"]
+    rank: int = Field(8, ge=1, description="In the end, on average over the layers.")
+    initial_rank: int = Field(12, ge=2, description="Of every layer at the start.")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / initial_rank.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Linear layers by the last part of their name, e.g. [q_proj, v_proj].",
+    )
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps before the first rank is taken away."
+    )
+    final: float = Field(
+        0.3, ge=0, lt=1, description="Share of the steps, the last ones, with the final ranks."
+    )
+    orthogonality: float = Field(
+        0.5, ge=0, description="Weight of the penalty that holds rows of A and columns of B apart."
+    )
+
+    @model_validator(mode="after")
+    def _ranks_fall(self) -> AdaLora:
+        if self.rank >= self.initial_rank:
+            raise ValueError(
+                f"rank {self.rank} is not below initial_rank {self.initial_rank}, so no rank would "
+                "be taken away: raise initial_rank, or use method: lora"
+            )
+        if self.warmup + self.final >= 1:
+            raise ValueError(
+                f"warmup {self.warmup} and final {self.final} leave no step in which ranks are "
+                "taken away: lower one of them"
+            )
+        return self
+
+    def default_name(self) -> str:
+        return f"adalora-r{self.rank}"
 
 
 class Ia3(CandidateBase):
@@ -175,6 +243,16 @@ class LayerNorm(CandidateBase):
     """The weights (and biases) of the norms alone. Zhao et al. 2024, arXiv:2312.11420."""
 
     method: Literal["layer_norm"]
+
+
+class LastLayers(CandidateBase):
+    """Every weight of the top blocks and of the final norm. Lee et al. 2019, arXiv:1911.03090."""
+
+    method: Literal["last_layers"]
+    layers: int = Field(2, ge=1, description="Blocks to train, counted from the top.")
+
+    def default_name(self) -> str:
+        return f"last_layers-{self.layers}"
 
 
 class BitFit(CandidateBase):
@@ -284,8 +362,11 @@ Candidate = Annotated[
     | ZeroShot
     | FewShot
     | Lora
+    | QLora
+    | AdaLora
     | Ia3
     | LayerNorm
+    | LastLayers
     | BitFit
     | Bottleneck
     | PromptTuning

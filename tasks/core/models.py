@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,10 @@ from transformers import (
 )
 
 from schemas.errors import StageError, UserError
+from tasks.core import quantised
 from tasks.core.bases import require_safetensors
 from tasks.core.progress import warn
+from tasks.core.quantised import Quantisation
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.core.shots import is_prompt
 
@@ -85,9 +88,15 @@ def read_labels(prepared: Path) -> list[str] | None:
 
 
 def load_base(
-    base: Path, task: str, labels: list[str] | None, dtype: Dtype, *, head_seed: int = 0
+    base: Path,
+    task: str,
+    labels: list[str] | None,
+    dtype: Dtype,
+    *,
+    head_seed: int = 0,
+    quantisation: Quantisation | None = None,
 ) -> PreTrainedModel:
-    """The pretrained model on the CPU, in evaluation mode.
+    """The pretrained model on the CPU (a quantised one where it runs), in evaluation mode.
 
     A classification head that the checkpoint lacks, or has for other labels, is drawn with
     `head_seed`: the same numbers in every dtype but for its rounding.
@@ -95,8 +104,13 @@ def load_base(
     Raises:
         UserError: no safetensors in the directory, or a checkpoint that is not for this task.
     """
+    options: dict[str, Any] = {"ignore_mismatched_sizes": labels is not None}
+    if quantisation is not None:
+        options |= _quantised_options(base, task, dtype, quantisation)
     torch.manual_seed(head_seed)
-    model, loading = _load(base, task, labels, dtype, ignore_mismatched_sizes=labels is not None)
+    model, loading = _load(base, task, labels, dtype, **options)
+    if quantisation is not None:
+        quantised.settle(model)
     missing = sorted(loading["missing_keys"])
     if labels is None and missing:
         raise UserError.at(
@@ -112,6 +126,30 @@ def load_base(
             "alone; choose a base that has them, or method: full"
         )
     return model
+
+
+def unquantised_modules(model: Any) -> tuple[str, ...]:
+    """The heads by name: they stay in the base's dtype where all else is quantised."""
+    output = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is output]
+    return (*names, *head_modules(model))
+
+
+def _quantised_options(
+    base: Path, task: str, dtype: Dtype, quantisation: Quantisation
+) -> dict[str, Any]:
+    """What loads a base quantised but for its heads. Raises a UserError for one that is already."""
+    config = load_config(base)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError.at(
+            base, "is quantised already", "choose a base in float32, float16 or bfloat16"
+        )
+    with torch.device("meta"):
+        shapes: Any = MODEL_CLASSES[task].from_config(config)
+    if not quantisation.unquantised:
+        quantisation = replace(quantisation, unquantised=unquantised_modules(shapes))
+    quantised.check_widths(shapes, quantisation.unquantised, str(base))
+    return quantised.options(quantisation, dtype)
 
 
 def _load(
@@ -168,11 +206,19 @@ def register_tuner(model_dir: Path) -> None:
 
 
 def load_trained(
-    base: Path, model_dir: Path, task: str, labels: list[str] | None, dtype: Dtype
+    base: Path,
+    model_dir: Path,
+    task: str,
+    labels: list[str] | None,
+    dtype: Dtype,
+    *,
+    quantised_base: bool = True,
 ) -> torch.nn.Module:
     """What a train or merge entry holds in `model/`: an adapter on its base, or a whole model.
 
     Of a prompt it is the base: what stands before a question is no part of the model.
+
+    quantised_base: false for the base as it is, even if the adapter learned beside a quantised one.
 
     Raises:
         StageError: tensors are missing.
@@ -183,7 +229,8 @@ def load_trained(
         from peft import PeftModel
 
         register_tuner(model_dir)
-        model = load_base(base, task, labels, dtype)
+        quantisation = quantised.read(model_dir) if quantised_base else None
+        model = load_base(base, task, labels, dtype, quantisation=quantisation)
         with warnings.catch_warnings():
             # PEFT says this in a warning, and goes on with what it drew at random.
             warnings.filterwarnings("error", message="Found missing adapter keys")

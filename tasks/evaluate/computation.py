@@ -11,12 +11,15 @@ Shapes: B rows, T positions, C classes.
 
 from __future__ import annotations
 
+import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +38,7 @@ from tasks.evaluate.latency import quiet, wait
 from tasks.evaluate.scoring import masked_losses
 from tasks.evaluate.subject import Subject
 from tasks.methods.fused import fuse_lora
+from tasks.methods.method import count_parameters
 from tasks.methods.table import method_for
 
 #: Tokens of the micro-batch on a CPU, where a larger one takes longer and tells no more.
@@ -98,7 +102,7 @@ def measure(subject: Subject, model: torch.nn.Module, rows: TokenRows, train: Tr
     if runtime.device().type == "cpu":
         tokens = min(tokens, CPU_STEP_TOKENS)
     batch = micro_batch(rows, subject.task, tokens)
-    parameters = sum(weight.numel() for weight in model.parameters())
+    parameters = count_parameters(model)
     own, full = step_costs(subject, batch, parameters)
     step_time_s, tokens_per_s = curve_medians(subject.trained_dir)
     micro_batches = train.batch_tokens / batch.tokens
@@ -142,10 +146,24 @@ def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits_BC, batch.labels_B.to(logits_BC.device))
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's, which knows bitsandbytes' product of 4-bit weights too where there may be one."""
+    known = {}
+    if "bitsandbytes" in sys.modules:
+        known[torch.ops.bitsandbytes.gemm_4bit] = four_bit_flops
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def four_bit_flops(x_shape: Any, packed: Any, weight_shape: Any, *rest: Any, **named: Any) -> int:
+    """Of x_TI W^T with W of shape [O, I]."""
+    flops: int = 2 * math.prod(x_shape) * weight_shape[0]
+    return flops
+
+
 def forward_flops(model: torch.nn.Module, batch: MicroBatch) -> float:
     """FLOPs of a forward pass, a token."""
     # The counter does not know the CPU's fused attention, so attention is spelt out.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
         loss_of(model, batch)
     return float(counter.get_total_flops() / batch.tokens)
 
@@ -158,7 +176,7 @@ def backward_flops(model: torch.nn.Module, batch: MicroBatch) -> float:
     """
     with sdpa_kernel(SDPBackend.MATH):
         loss = loss_of(model, batch)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             loss.backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     return float(counter.get_total_flops() / batch.tokens)
@@ -186,7 +204,9 @@ class Trainee:
 
     def __init__(self, subject: Subject, candidate: Candidate) -> None:
         method = method_for(candidate.method, subject.task)
-        base = subject.load_base("float32" if method.trained_base else subject.dtype)
+        base = subject.load_base(
+            "float32" if method.trained_base else subject.dtype, method.quantises(candidate)
+        )
         self.model = method.build(base, candidate, subject.task).to(runtime.device())
         fuse_lora(self.model)
         self.dtype = runtime.TORCH_DTYPES[subject.dtype]

@@ -21,8 +21,9 @@ import torch
 from transformers import BertConfig, LlamaConfig
 
 from schemas.stages import EvaluateSpec
-from tasks.core import runtime
+from tasks.core import quantised, runtime
 from tasks.core.models import MODEL_CLASSES, load_config, load_trained
+from tasks.core.quantised import Quantisation
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
 from tasks.evaluate.batches import by_length, pad_id_of, right_padded, run_on
@@ -62,7 +63,8 @@ def peak_of_call(spec: EvaluateSpec, paths: dict[str, Path]) -> float:
     """Load the subject in this process, do the fixed work, and return its peak, MiB."""
     subject = read_subject(spec, paths)
     rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
-    settle(subject.whole_dir, spec, rows)
+    quantisation = None if subject.model_dir is None else quantised.read(subject.model_dir)
+    settle(subject.whole_dir, spec, rows, quantisation)
     floor = 0.0 if torch.cuda.is_available() else runtime.resident_mib()
     model = subject.load().to(runtime.device())
     # What is searched for examples stays in memory while it answers.
@@ -90,7 +92,9 @@ def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows, more: int 
     run_on(model, right_padded([rows.row(index) for index in largest], pad_id_of(model)))
 
 
-def settle(model_dir: Path, spec: EvaluateSpec, rows: TokenRows) -> None:
+def settle(
+    model_dir: Path, spec: EvaluateSpec, rows: TokenRows, quantisation: Quantisation | None
+) -> None:
     """Let loading and running claim what they keep for good, without the subject's weights.
 
     Its modules are imported by building its class on no device; a toy of the same task with an
@@ -106,6 +110,8 @@ def settle(model_dir: Path, spec: EvaluateSpec, rows: TokenRows) -> None:
         model = toy(spec.task, max(1024, int(rows.lengths.max())))
         model.save_pretrained(base)
         get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(adapter)
+        if quantisation is not None:
+            quantised.write(replace(quantisation, unquantised=()), adapter)
         work(load_trained(base, adapter, spec.task, None, spec.dtype), spec, one_token(rows))
 
 

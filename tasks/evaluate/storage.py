@@ -10,13 +10,15 @@ import torch
 from safetensors import safe_open
 
 from schemas.report import Storage
+from tasks.core import quantised
 from tasks.core.bases import base_files
 from tasks.core.models import TUNER
 from tasks.core.shots import EXAMPLES, PROMPT
 from tasks.evaluate.subject import Subject
 
-#: What loading reads of an adapter's directory; only a kind that PEFT lacks brings a tuner.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", TUNER)
+#: What is read of an adapter's directory: by PEFT, which may lack a kind's tuner, and by us where
+#: the base is quantised.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", TUNER, quantised.FILE)
 TASKS = 10
 
 HOW = (

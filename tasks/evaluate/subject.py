@@ -12,6 +12,7 @@ from schemas.manifest import Manifest
 from schemas.stages import EvaluateSpec
 from tasks.core.models import load_base, load_trained, read_labels
 from tasks.core.progress import warn
+from tasks.core.quantised import Quantisation
 from tasks.core.runtime import Dtype
 from tasks.core.shots import Shots, is_prompt
 from tasks.core.store import read_manifest
@@ -75,17 +76,28 @@ class Subject:
             return self.load_base()
         return frozen(load_trained(self.base, self.model_dir, self.task, self.labels, self.dtype))
 
-    def load_base(self, dtype: Dtype | None = None) -> torch.nn.Module:
+    def load_base(
+        self, dtype: Dtype | None = None, quantisation: Quantisation | None = None
+    ) -> torch.nn.Module:
         """The untouched base, with a drawn head where the task asks for one."""
         return frozen(
             load_base(
-                self.base, self.task, self.labels, dtype or self.dtype, head_seed=self.head_seed
+                self.base,
+                self.task,
+                self.labels,
+                dtype or self.dtype,
+                head_seed=self.head_seed,
+                quantisation=quantisation,
             )
         )
 
     def load_merged(self) -> torch.nn.Module:
-        """The adapter folded into a base of its own, as a plain transformers model."""
-        adapter: Any = self.load()
+        """The adapter folded into a base of its own, as a plain transformers model. As the merge
+        stage does, into the base as it is: never into a quantised one."""
+        assert self.model_dir is not None
+        adapter: Any = load_trained(
+            self.base, self.model_dir, self.task, self.labels, self.dtype, quantised_base=False
+        )
         return frozen(adapter.merge_and_unload())
 
 

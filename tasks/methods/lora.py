@@ -5,7 +5,8 @@ shape (out, in) it trains rank * (in + out) weights; for classification the head
 
 Of its variants: rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732), DoRA
 learns each row's length apart (Liu et al. 2024, arXiv:2402.09353), LoRA+ gives B a higher rate
-(Hayou et al. 2024, arXiv:2402.12354).
+(Hayou et al. 2024, arXiv:2402.12354); PiSSA and OLoRA start elsewhere
+(`tasks/methods/residual.py`).
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from schemas.candidates import Lora
+from schemas.candidates import Lora, LoraBase
 from schemas.errors import Problem, UserError
 from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.residual import PEFT_NAMES, ResidualCourse
 from tasks.methods.targets import linear_targets
 
-PLACE = "candidates[method=lora]"
 
-
-def build(model: PreTrainedModel, candidate: Lora, task: str) -> nn.Module:
+def build(model: PreTrainedModel, candidate: LoraBase, task: str) -> nn.Module:
     """The model wrapped by PEFT, with A and B (and the head) in float32 and the rest frozen.
 
     Raises:
         UserError: a target that matches no linear layer, or a rank that a target cannot have.
     """
     ranks = checked_ranks(model, candidate)
+    # Shapes alone have no singular values.
+    shapes_only = next(model.parameters()).is_meta
+    start = candidate.init if isinstance(candidate, Lora) and not shapes_only else "default"
     config = LoraConfig(
         **task_settings(model, task),
         r=candidate.rank,
@@ -43,11 +46,12 @@ def build(model: PreTrainedModel, candidate: Lora, task: str) -> nn.Module:
         },
         use_rslora=candidate.rslora,
         use_dora=candidate.dora,
+        init_lora_weights=PEFT_NAMES[start],
     )
-    return adapted(model, config, PLACE)
+    return adapted(model, config, place(candidate))
 
 
-def trainable_parameters(model: nn.Module, candidate: Lora, task: str) -> int:
+def trainable_parameters(model: nn.Module, candidate: LoraBase, task: str) -> int:
     """rank * (in + out) for every target, with DoRA out more for the lengths, and the head."""
     ranks = checked_ranks(model, candidate)
     layers = linear_targets(model, candidate.target_modules)
@@ -59,12 +63,17 @@ def trainable_parameters(model: nn.Module, candidate: Lora, task: str) -> int:
     return own + head_parameters(model, task)
 
 
-def rate_of(candidate: Lora, name: str) -> float:
+def place(candidate: LoraBase) -> str:
+    """Where a recipe asks for it."""
+    return f"candidates[method={candidate.method}]"
+
+
+def rate_of(candidate: LoraBase, name: str) -> float:
     """LoRA+: what the learning rate of a weight is multiplied with."""
     return candidate.b_rate if ".lora_B." in name else 1.0
 
 
-def checked_ranks(model: nn.Module, candidate: Lora) -> dict[str, int]:
+def checked_ranks(model: nn.Module, candidate: LoraBase) -> dict[str, int]:
     """The rank of each linear layer to adapt, by full name.
 
     Raises:
@@ -80,7 +89,7 @@ def checked_ranks(model: nn.Module, candidate: Lora) -> dict[str, int]:
             known = sorted({name.rsplit(".", 1)[-1] for name in targets})
             problems.append(
                 Problem(
-                    f"{PLACE}.ranks",
+                    f"{place(candidate)}.ranks",
                     f"{ending} is none of the layers in target_modules",
                     f"choose from {', '.join(known)}",
                 )
@@ -92,7 +101,7 @@ def checked_ranks(model: nn.Module, candidate: Lora) -> dict[str, int]:
         named = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in narrow}))
         problems.append(
             Problem(
-                f"{PLACE}.rank",
+                f"{place(candidate)}.rank",
                 f"{max(ranks[name] for name in narrow)}, but {named} of this base are only "
                 f"{smallest} wide",
                 f"choose a rank of at most {smallest}, or other target_modules",
@@ -114,4 +123,5 @@ METHOD = Method(
     build=build,
     trainable_parameters=trainable_parameters,
     rate_of=rate_of,
+    course=ResidualCourse,
 )

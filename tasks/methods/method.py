@@ -14,6 +14,8 @@ from torch import nn
 from schemas.errors import UserError
 from schemas.manifest import ModelFormat
 from tasks.core.models import head_modules
+from tasks.core.quantised import Quantisation
+from tasks.methods.course import Course
 
 TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
@@ -42,6 +44,11 @@ class Method:
     rate_of: from a candidate and a weight's name, what its learning rate is multiplied with.
     decays: whether weight decay, where a recipe asks for it, is meant for a weight of that name;
         biases and norms never decay.
+    course: what it does in a run beside what the optimiser does, from the model, the candidate
+        and the run's steps (`tasks/methods/course.py`).
+    quantises: from a candidate, how the base is quantised beside which it learns, or None.
+    replaces: whether what it trains takes the place of the base's own weights, in their dtype;
+        it is then saved in that dtype, since nothing reads more of it.
     tuner: the file that PEFT needs to load it again, where PEFT itself lacks the method; it
         travels with the adapter.
     """
@@ -57,6 +64,9 @@ class Method:
     trainable_parameters: Count
     rate_of: Callable[[Any, str], float] = lambda candidate, name: 1.0
     decays: Callable[[str], bool] = lambda name: True
+    course: Callable[[nn.Module, Any, int], Course] = Course
+    quantises: Callable[[Any], Quantisation | None] = lambda candidate: None
+    replaces: bool = False
     tuner: Path | None = None
 
 
@@ -99,8 +109,9 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Every parameter once: tied weights are one."""
-    return sum(weight.numel() for weight in model.parameters())
+    """Every parameter once: tied weights are one, and one of 4 bits counts as one."""
+    states = [(weight, getattr(weight, "quant_state", None)) for weight in model.parameters()]
+    return sum(weight.numel() if s is None else s.shape.numel() for weight, s in states)
 
 
 def to_float32(weights: dict[str, nn.Parameter]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
+from tasks.core import quantised
 from tasks.core.bases import base_files, tokenizer_files
 from tasks.core.files import sha256_file, sha256_json
 from tasks.core.models import load_config, load_tokenizer, read_labels
@@ -99,7 +100,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         serving=serving,
         card=card,
         example=example,
-        requirements=requirements(is_adapter),
+        requirements=requirements(is_adapter, quantised.read(finished) is not None),
     )
 
 
@@ -155,7 +156,7 @@ def stop_ids(spec: RegisterSpec, paths: Paths) -> list[int]:
     return sorted(found)
 
 
-def requirements(is_adapter: bool) -> list[str]:
+def requirements(is_adapter: bool, is_quantised: bool = False) -> list[str]:
     """What the version needs to be loaded and asked, pinned; MLflow adds itself.
 
     A local version label (`+cpu`, `+cu128`) names a build, not a release, and is left off.
@@ -165,6 +166,8 @@ def requirements(is_adapter: bool) -> list[str]:
     names = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "mlflow"]
     if is_adapter:
         names += ["peft", "accelerate"]
+    if is_quantised:
+        names.append("bitsandbytes")
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]
 
 

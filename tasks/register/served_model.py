@@ -240,15 +240,47 @@ def load_model(package: Path, serving: dict[str, Any]) -> Any:
         options["label2id"] = {label: at for at, label in enumerate(serving["labels"])}
         options["num_labels"] = len(serving["labels"])
         options["ignore_mismatched_sizes"] = True
+    quantisation = package / "model" / "quantisation.json"
+    if quantisation.exists():
+        options |= quantised(json.loads(quantisation.read_text()), options["dtype"])
     base = load(find_base(serving["base"]), local_files_only=True, **options)
     if (package / "model" / "prompt.json").exists():
         return base
+    if quantisation.exists():
+        keep_as_loaded(base)
     from peft import PeftModel
 
     with warnings.catch_warnings():
         # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         return PeftModel.from_pretrained(base, package / "model")
+
+
+def quantised(how: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What loads the base in the 4 bits beside which the adapter learned."""
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=how["quant_type"],
+            bnb_4bit_use_double_quant=how["double_quantisation"],
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=how["unquantised"],
+        ),
+        "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"},
+    }
+
+
+def keep_as_loaded(model: Any) -> None:
+    """No hooks that move it, and no packing of its weights anew: on some CPUs bitsandbytes does
+    so in evaluation mode, with rounded scales."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def import_tuner(path: Path) -> None:

@@ -44,7 +44,13 @@ def trade_offs(spec: PageSpec, inputs: Inputs) -> list[Plot]:
     """One plot for each criterion of which the candidates have a figure."""
     y_name = quality_figure(spec, inputs)
     return [
-        _plot(criterion, x_name, criterion, y_name, spec, inputs)
+        _plot(
+            criterion,
+            f"{figure(y_name).title} against {AGAINST[criterion]}",
+            (x_name, y_name),
+            spec,
+            inputs,
+        )
         for criterion, x_name in compared(spec, inputs).items()
     ]
 
@@ -53,7 +59,13 @@ def other_pairs(spec: PageSpec, inputs: Inputs) -> list[Plot]:
     """The criteria other than the goal's metric against each other, two by two."""
     pairs = combinations(compared(spec, inputs).items(), 2)
     return [
-        _plot(f"{one}-{other}", x_name, one, y_name, spec, inputs)
+        _plot(
+            f"{one}-{other}",
+            f"{AGAINST[other].capitalize()} against {AGAINST[one]}",
+            (x_name, y_name),
+            spec,
+            inputs,
+        )
         for (one, x_name), (other, y_name) in pairs
     ]
 
@@ -83,7 +95,8 @@ def _subjects(x_name: str, y_name: str, inputs: Inputs) -> list[Subject]:
     return points
 
 
-def _plot(key: str, x_name: str, against: str, y_name: str, spec: PageSpec, inputs: Inputs) -> Plot:
+def _plot(key: str, title: str, names: tuple[str, str], spec: PageSpec, inputs: Inputs) -> Plot:
+    x_name, y_name = names
     points, looks = _subjects(x_name, y_name, inputs), styles(spec)
     shown = numbers(spec)
     x_kind, y_kind = figure(x_name), figure(y_name)
@@ -142,7 +155,7 @@ def _plot(key: str, x_name: str, against: str, y_name: str, spec: PageSpec, inpu
     )
     return Plot(
         id=f"plot-{key}",
-        title=f"{y_kind.title} against {AGAINST[against]}",
+        title=title,
         spoken=f"{y_kind.title} against {x_kind.title.lower()}. {spoken}.",
         note=_note(y_name, base, base_inside, base in drawn, points, inputs),
         spec={"data": traces, "layout": looks_of_axes},

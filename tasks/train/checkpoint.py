@@ -1,7 +1,7 @@
 """Checkpoints from which a killed run ends in the same bytes as one never killed.
 
     scratch/checkpoint-00000012/
-        tensors.safetensors   trained weights, optimiser state, torch's random states
+        tensors.safetensors   trained weights, optimiser and method's state, torch's random states
         state.json            step, tokens, curve, Python's and NumPy's random states, threads
         hashes.json           SHA-256 of the two, written last
 
@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from schemas.report import CurvePoint
 from tasks.core.files import canonical_json, fsync_path, sha256_file
 from tasks.core.progress import say, warn
+from tasks.methods.course import Course
 
 TENSORS, STATE, HASHES = "tensors.safetensors", "state.json", "hashes.json"
 KEEP = 2
@@ -64,6 +65,7 @@ class Checkpoints:
         state: RunState,
         weights: dict[str, torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        course: Course,
     ) -> None:
         """Write one checkpoint, whole or not at all, and drop all but the last two."""
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -73,6 +75,7 @@ class Checkpoints:
         tensors = {f"weight/{name}": weight.detach() for name, weight in weights.items()}
         for index, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items()}
+        tensors |= {f"course/{name}": value for name, value in course.state().items()}
         tensors |= _torch_rng_states()
         save_file({name: value.contiguous() for name, value in tensors.items()}, work / TENSORS)
         record = {
@@ -97,14 +100,17 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def restore(
-        self, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+        self,
+        weights: dict[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        course: Course,
     ) -> RunState | None:
         """Put the newest whole checkpoint back, or None where there is none."""
         if self._newest is None:
             return None
         path, record = self._newest
         say(f"going on from step {record['step']} ({path.name})")
-        return _put_back(path, record, weights, optimizer)
+        return _put_back(path, record, weights, optimizer, course)
 
     def _find_newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint of this run. A damaged one is passed over, aloud."""
@@ -147,6 +153,7 @@ def _put_back(
     record: dict[str, Any],
     weights: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    course: Course,
 ) -> RunState:
     # clone: what safetensors maps from the file must not be written to by training.
     tensors = {name: value.clone() for name, value in load_file(path / TENSORS).items()}
@@ -160,6 +167,10 @@ def _put_back(
             slots.setdefault(int(index), {})[slot] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    prefix = "course/"
+    course.restore(
+        {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    )
     _restore_rng(tensors, record["rng"])
     curve = [CurvePoint.model_validate(point) for point in record["curve"]]
     return RunState(record["step"], record["tokens"], record["seconds"], curve)

@@ -23,6 +23,7 @@ from schemas.recipe import Train
 from schemas.report import CurvePoint
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
+from tasks.methods.course import Course
 from tasks.train.batching import Batch, Layout, Rows, collate, collate_packed, micro_batches
 from tasks.train.checkpoint import Checkpoints, RunState
 from tasks.train.loss import loss_sum
@@ -77,13 +78,17 @@ def train(
     job: Job,
     checkpoints: Checkpoints | None = None,
     state: RunState | None = None,
+    course: Course | None = None,
 ) -> RunState:
     """Train `weights` of `model` in place, from `state` (a restored run) to the last step.
+
+    course: what the method does beside what the optimiser does.
 
     Raises:
         StageError: a loss that is no number, or a run that diverged.
     """
     state = state or RunState()
+    course = course or Course(model, None, job.steps)
     warmup = warmup_steps(job.train, job.steps)
     began, before = time.monotonic(), state.seconds
     saved = time.monotonic()
@@ -94,7 +99,7 @@ def train(
                 epoch = state.step // job.plan.steps_per_epoch
                 steps = list(job.plan.epoch(epoch))
             rows = steps[state.step % job.plan.steps_per_epoch]
-            point = _step(model, weights, optimizer, job, state, rows)
+            point = _step(model, weights, optimizer, job, state, rows, course)
             check_finite(point)
             state.step, state.tokens = point.step, point.tokens
             state.seconds = before + time.monotonic() - began
@@ -103,7 +108,7 @@ def train(
             progress.advance(loss=point.loss, tokens_per_s=round(state.tokens / state.seconds))
             due = time.monotonic() - saved >= job.train.checkpoint_every_s
             if checkpoints is not None and due and state.step < job.steps:
-                checkpoints.save(state, weights, optimizer)
+                checkpoints.save(state, weights, optimizer, course)
                 saved = time.monotonic()
     return state
 
@@ -115,6 +120,7 @@ def _step(
     job: Job,
     state: RunState,
     rows: Rows,
+    course: Course,
 ) -> CurvePoint:
     """One optimiser step."""
     started = time.perf_counter()
@@ -130,8 +136,11 @@ def _step(
             loss = loss_sum(model, batch, job.dtype) / answers
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+    if (penalty := course.penalty()) is not None:
+        penalty.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), job.train.max_grad_norm)
     optimizer.step()
+    course.after_step(state.step + 1)
     optimizer.zero_grad(set_to_none=True)
     return CurvePoint(
         step=state.step + 1,

@@ -11,7 +11,7 @@ from torch import nn
 from tasks.core.files import write_atomic
 from tasks.core.models import TUNER
 from tasks.core.runtime import TORCH_DTYPES, Dtype
-from tasks.methods.method import Method
+from tasks.methods.method import Method, trained
 from tasks.train.loss import unwrapped
 
 #: What stands for the base's path in an adapter: its content hash is in the manifest.
@@ -22,10 +22,14 @@ def save_model(model: nn.Module, target: Path, base: Path, dtype: Dtype, method:
     """Write `target`: `peft-adapter` or `transformers`.
 
     An adapter keeps its float32 weights, and has with it the file of a tuner that PEFT lacks. A
-    whole model is rounded once to `dtype`, the dtype in which it will be measured and served.
+    whole model, or layers of one, are rounded once to `dtype`, the dtype in which they will be
+    measured and served.
     """
     shutil.rmtree(target, ignore_errors=True)
     if method.format == "peft-adapter":
+        if method.replaces:
+            for weight in trained(model).values():
+                weight.data = weight.data.to(TORCH_DTYPES[dtype])
         model.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
         (target / "README.md").unlink(missing_ok=True)
         _forget_place(target / "adapter_config.json")

@@ -60,7 +60,14 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     floor = 0.0 if runtime.device().type == "cuda" else runtime.resident_mib()
 
     base_dtype: runtime.Dtype = "float32" if method.trained_base else spec.dtype
-    model: Any = load_base(paths["base"], spec.task, labels, base_dtype, head_seed=spec.train.seed)
+    model: Any = load_base(
+        paths["base"],
+        spec.task,
+        labels,
+        base_dtype,
+        head_seed=spec.train.seed,
+        quantisation=method.quantises(spec.candidate),
+    )
     total, pad_id = count_parameters(model), pad_token(model)
     expected = method.trainable_parameters(model, spec.candidate, spec.task)
     torch.manual_seed(spec.train.seed)
@@ -74,20 +81,23 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     optimizer = make_optimizer(
         weights, spec.train, partial(method.rate_of, spec.candidate), method.decays
     )
+    course = method.course(model, spec.candidate, job.steps)
     before = digests(weights)
-    state = checkpoints.restore(weights, optimizer)
+    state = checkpoints.restore(weights, optimizer, course)
     resumed_from = 0 if state is None else state.step
     say(
         f"{method.name}: {trainable:,} of {total:,} weights learn ({trainable / total:.2%}), "
         f"{len(rows):,} rows, {job.steps} steps of about {spec.train.batch_tokens:,} tokens"
     )
-    state = train(model, weights, optimizer, job, checkpoints, state)
+    state = train(model, weights, optimizer, job, checkpoints, state, course)
     check_learned(before, weights, state.curve)
+    own_facts = course.finish()
 
     # Before saving: a whole model is rounded to its own dtype, a copy that training never holds.
     peak = runtime.peak_mib() - floor
     held = parts_mib(model, weights, optimizer, job, peak)
     save_model(model, out_dir / "model", paths["base"], spec.dtype, method)
+    course.export(out_dir / "model")
     write_atomic(out_dir / "curve.json", json.dumps([p.model_dump() for p in state.curve]))
     return {
         "method": method.name,
@@ -107,6 +117,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         **held,
         "resumed_from_step": resumed_from,
         "threads": checkpoints.threads,
+        **own_facts,
     }
 
 

@@ -35,6 +35,10 @@ LLAMA = {
         LNTuningConfig(target_modules=["input_layernorm", "norm"]),
         ("input_layernorm.weight", "model.norm.weight"),
     ),
+    "last_layers": (
+        LNTuningConfig(target_modules=["model.layers.1.self_attn.q_proj", "model.norm"]),
+        ("1.self_attn.q_proj.weight", "1.self_attn.q_proj.bias", "model.norm.weight"),
+    ),
     "bitfit": (BitFitConfig(), ("bias",)),
     "dora": (LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]), ("q_proj.weight",)),
     "rslora": (
@@ -52,6 +56,10 @@ GPT2 = {
     "layer_norm": (
         LNTuningConfig(target_modules=["ln_1", "ln_f"]),
         ("ln_1.weight", "ln_1.bias", "ln_f.weight", "ln_f.bias"),
+    ),
+    "last_layers": (
+        LNTuningConfig(target_modules=["transformer.h.1.attn.c_attn"]),
+        ("h.1.attn.c_attn.weight", "h.1.attn.c_attn.bias"),
     ),
     "bitfit": (BitFitConfig(), ("bias",)),
 }

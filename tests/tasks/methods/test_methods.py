@@ -25,16 +25,19 @@ from transformers import (
 )
 
 from schemas.candidates import (
+    AdaLora,
     BitFit,
     Bottleneck,
     FewShot,
     Full,
     Ia3,
+    LastLayers,
     LayerNorm,
     Lora,
     PrefixTuning,
     PromptTuning,
     PTuning,
+    QLora,
     ZeroShot,
 )
 from schemas.errors import UserError
@@ -74,8 +77,11 @@ CANDIDATES = {
     "zero_shot": ZeroShot(method="zero_shot"),
     "few_shot": FewShot(method="few_shot"),
     "lora": Lora(method="lora", rank=4),
+    "qlora": QLora(method="qlora", rank=4),
+    "adalora": AdaLora(method="adalora", rank=2, initial_rank=4),
     "ia3": Ia3(method="ia3"),
     "layer_norm": LayerNorm(method="layer_norm"),
+    "last_layers": LastLayers(method="last_layers", layers=1),
     "bitfit": BitFit(method="bitfit"),
     "bottleneck": Bottleneck(method="bottleneck", reduction_factor=4),
     "prompt_tuning": PromptTuning(method="prompt_tuning", virtual_tokens=5),
@@ -115,7 +121,12 @@ def test_what_is_trained_is_the_formula_in_float32(name, task, dtype):
     assert sum(weight.numel() for weight in weights.values()) == expected
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     if not method.trained_base:
-        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        frozen = [
+            weight
+            for name, weight in model.named_parameters()
+            # AdaLoRA's is a number that PEFT keeps as a weight.
+            if not weight.requires_grad and ".ranknum." not in name
+        ]
         assert all(weight.dtype == dtype for weight in frozen)
 
 

@@ -234,3 +234,18 @@ def test_the_same_rows_give_the_same_bytes(prepare: Prepare) -> None:
         relative = path.relative_to(one.path)
         if path.is_file() and relative.parts[0] != "scratch":
             assert path.read_bytes() == (other.path / relative).read_bytes(), relative
+
+
+def test_two_hold_outs_of_a_file_share_no_row_and_leave_no_row_of_the_other_to_train(
+    prepare: Prepare,
+) -> None:
+    """What a search measures on, beside the recipe's own hold-out, is a part of its train rows."""
+    rows = [{"prompt": f"q {number}", "completion": "a"} for number in range(200)]
+    own = prepare(rows, test={"holdout": 0.2})
+    search = prepare(rows, test={"holdout": 0.1, "after": 0.2})
+    train, test = (set(own.tokens(split).source_rows.tolist()) for split in ("train", "test"))
+    left, tried = (set(search.tokens(split).source_rows.tolist()) for split in ("train", "test"))
+    assert train | test == set(range(1, 201))
+    assert tried
+    assert tried < train
+    assert left == train - tried

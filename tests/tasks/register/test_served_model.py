@@ -7,11 +7,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+)
 
-from tasks.register.served_model import BATCH_ROWS, ServedModel, conversation, import_tuner
+from schemas.candidates import PrefixTuning, PromptTuning, PTuning
+from tasks.evaluate.generate import generate
+from tasks.methods import soft
+from tasks.methods.table import METHODS
+from tasks.register.served_model import (
+    BATCH_ROWS,
+    ServedModel,
+    batch_rows,
+    conversation,
+    import_tuner,
+)
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "recipes" / "quickstart" / "base"
@@ -71,6 +89,55 @@ def test_batches_give_each_row_its_own_logits() -> None:
         alone_C = model.logits([row])[0]
         # Sums over padded columns are taken in another order: a few float32 roundings.
         assert torch.allclose(logits_C, alone_C, atol=1e-5)
+
+
+SOFT = [
+    PromptTuning(method="prompt_tuning", virtual_tokens=4),
+    PTuning(method="p_tuning", virtual_tokens=4),
+    PrefixTuning(method="prefix_tuning", virtual_tokens=4),
+    PrefixTuning(method="prefix_tuning", virtual_tokens=4, projection=True),
+]
+
+
+@pytest.mark.parametrize("candidate", SOFT)
+def test_behind_a_soft_prompt_answers_are_those_that_were_evaluated(tmp_path, candidate) -> None:
+    """PEFT serves, one prompt at a time; `generate` evaluates, in padded batches."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype=torch.float32)
+    METHODS[candidate.method].build(base, candidate, "causal-lm").save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype=torch.float32)
+    model = served(max_new_tokens=8, stop_ids=[])
+    model.model = PeftModel.from_pretrained(base, tmp_path).eval()
+    model.pad_id, model.batch_rows = 0, batch_rows(model.model)
+    texts = ["where is order 4711?", "I want my money back", "hello", "do you have red lamps?"]
+    prompts = [model.encode(text) for text in texts]
+    answers = generate(
+        model.model, [np.array(prompt, dtype=np.int32) for prompt in prompts], frozenset(), 8
+    )
+    expected = [model.tokenizer.decode(a.tokens, skip_special_tokens=True) for a in answers]
+    assert model.complete(texts, 8) == expected
+    assert all(len(answer.tokens) == 8 for answer in answers)
+    for prompt, logits_TV in zip(prompts, model.logits(prompts), strict=True):
+        own_TV = soft.run(model.model, input_ids=torch.tensor([prompt])).logits[0]
+        # One pass over the prompt and its virtual tokens, or two: a few float32 roundings.
+        assert torch.allclose(logits_TV, own_TV, atol=1e-3)
+
+
+@pytest.mark.parametrize("candidate", SOFT)
+def test_a_decoder_behind_a_soft_prompt_never_classifies_padding(candidate) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        **sizes, num_attention_heads=4, num_labels=3, pad_token_id=0, initializer_range=0.3
+    )
+    base = AutoModelForSequenceClassification.from_config(config).eval()
+    task = "sequence-classification"
+    model = served(task=task)
+    model.model = METHODS[candidate.method].build(base, candidate, task).eval()
+    model.pad_id, model.batch_rows = 0, batch_rows(model.model)
+    rows = [list(range(1, 2 + (7 * number) % 23)) for number in range(6)]
+    for row, logits_C in zip(rows, model.logits(rows), strict=True):
+        assert torch.equal(logits_C, model.logits([row])[0])
 
 
 TUNER = "NOTES = []\ndef register():\n    NOTES.append({tag!r})\nregister()\n"

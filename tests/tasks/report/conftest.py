@@ -154,6 +154,7 @@ def criteria(
         inference_overhead=[
             Latency(
                 batch_size=batch,
+                prompt_tokens=64,
                 merged=merged,
                 prefill_p50_ms=3.1 * batch**0.4 * (1 if merged else overhead),
                 prefill_p95_ms=3.9 * batch**0.4 * (1 if merged else overhead),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 from schemas.stages import PageSpec
 from tasks.report.criteria import criteria_table, overview
+from tasks.report.figures import figure
 from tasks.report.inputs import read_inputs
+from tasks.report.overhead import latency_table
 from tasks.report.pareto import label_positions
 from tasks.report.plots import FEW, numbers, styles
 from tasks.report.run import run
@@ -63,11 +66,32 @@ def test_every_pair_of_criteria_is_drawn_once(many: Many) -> None:
     assert len(others) == 10
     assert len({plot.id for plot in others}) == 10
     memory = next(plot for plot in others if plot.id == "plot-memory-computation")
+    assert memory.title == "Computation against memory"
     front, *points = memory.spec["data"]
     # No candidate needs less memory than this one, and none has the quicker step.
     assert (front["x"], front["y"]) == ([240.2], [133.0])
     assert {point["text"][0] for point in points} >= {"1", "13", "14"}
     assert "95 % interval" not in json.dumps(memory.spec)
+
+
+def test_latencies_are_in_the_order_of_prompt_lengths(many: Many) -> None:
+    inputs = read_inputs(*many)
+    full = inputs.reports["full"]
+    longer = [
+        row.model_copy(update={"prompt_tokens": length})
+        for length in (64, 256, 16)
+        for row in full.inference_overhead
+    ]
+    full = full.model_copy(update={"inference_overhead": longer})
+    [group] = latency_table(replace(inputs, reports={"full": full}))
+    assert [(row.prompt_tokens, row.batch_size) for row in group.rows] == [
+        (length, batch) for length in ("16", "64", "256") for batch in (1, 8)
+    ]
+    names = [row.cells[0].name for row in group.rows[::2]]
+    assert names == ["prefill_p50_ms_b1_p16", "prefill_p50_ms_b1", "prefill_p50_ms_b1_p256"]
+    assert set(names) < set(full.figures())
+    assert figure("prefill_ratio_b1").title == "Prefill, batch 1"
+    assert figure("prefill_ratio_b1_p256_merged").title == "Prefill, batch 1, 256 tokens, merged"
 
 
 def test_a_label_goes_where_nothing_is() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
-        hidden_size=32,
+        hidden_size=64,  # A block of QLoRA's.
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -208,13 +209,29 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, paths, capfd, name)
     assert model_bytes(damaged) == model_bytes(whole)
 
 
-def test_full_fine_tuning_resumes_in_the_same_bytes(tmp_path, paths):
-    spec = TrainSpec.model_validate(
-        make_spec(steps=6).model_dump() | {"candidate": {"method": "full"}}
-    )
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        {"method": "full"},
+        {"method": "qlora", "rank": 4},
+        {"method": "lora", "rank": 4, "init": "pissa"},
+        {"method": "lora", "rank": 4, "init": "olora"},
+        # Steps 2 to 4 give ranks away, and 5 and 6 have the last ones.
+        {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0.2, "final": 0.34},
+        # Still giving them away when it is killed.
+        {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0, "final": 0},
+    ],
+    ids=["full", "qlora", "pissa", "olora", "adalora-final", "adalora"],
+)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_every_kind_of_state_resumes_in_the_same_bytes(tmp_path, paths, candidate, lost):
+    """From the last checkpoint, and from the one before it: a method's own state is in both."""
+    spec = TrainSpec.model_validate(make_spec(steps=6).model_dump() | {"candidate": candidate})
     run(spec, paths, tmp_path)
     first = model_bytes(tmp_path)
-    assert run(spec, paths, tmp_path)["resumed_from_step"] == 5
+    if lost:
+        shutil.rmtree(max((tmp_path / "scratch").glob("checkpoint-*")))
+    assert run(spec, paths, tmp_path)["resumed_from_step"] == 5 - lost
     assert model_bytes(tmp_path) == first
 
 

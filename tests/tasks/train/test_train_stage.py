@@ -92,8 +92,10 @@ def make_spec(task: str, candidate: dict[str, object], dtype: str = "float32", *
 FULL = {"method": "full"}
 LORA = {"method": "lora", "rank": 4}
 OTHERS = [
+    {"method": "adalora", "rank": 3, "initial_rank": 6},
     {"method": "ia3"},
     {"method": "layer_norm"},
+    {"method": "last_layers", "layers": 1},
     {"method": "bitfit"},
     {"method": "lora", "rank": 4, "rslora": True, "dora": True, "b_rate": 4},
     {"method": "bottleneck", "placement": "double_sequential", "reduction_factor": 4},

@@ -126,9 +126,15 @@ def check(model: Any, batch: Any, expected: tuple[float, dict[str, torch.Tensor]
         assert torch.allclose(grad, expected[1][name], atol=1e-4 * float(scale)), name
 
 
-@pytest.mark.parametrize("name", SOFT)
-@pytest.mark.parametrize("base", CAUSAL)
-@pytest.mark.parametrize("lengths", [[3, 9, 17, 2, 30, 11], [1, 40], [attention.LONGEST, 4]])
+@pytest.mark.parametrize(
+    ("base", "name", "lengths"),
+    [
+        *((base, name, [3, 9, 17, 2, 30, 11]) for base in CAUSAL for name in SOFT),
+        *(("llama", name, [1, 40]) for name in SOFT),
+        ("llama", "prompt", [attention.LONGEST, 4]),
+        ("phi", "prefix", [attention.LONGEST, 4]),
+    ],
+)
 def test_packed_rows_learn_what_peft_has_them_learn_alone(base, name, lengths):
     """With the fused layers, and again with gradient checkpointing; the last lengths go to
     PyTorch's own attention, as with its virtual tokens a row is longer than ours takes."""
