@@ -132,7 +132,7 @@ class Calls:
         return self._step(spec, "rows", paths=paths, outside=outside, label=label)
 
     def train(self, candidate: Candidate, rows: Made, seed: int | None = None) -> Step:
-        """seed: None for the only one."""
+        """seed: None for the only one, and where it changes nothing."""
         schedule = self.recipe.train.for_candidate(candidate.train)
         schedule = schedule.model_copy(
             update={"seed": self.recipe.all_seeds[0] if seed is None else seed}
@@ -151,16 +151,16 @@ class Calls:
         return replace(self._train(candidate, rows, schedule), trial=rate)
 
     def _train(self, candidate: Candidate, rows: Made, schedule: Train) -> Step:
+        if not candidate.TRAINS:  # of the schedule it reads the seed at most
+            schedule = Train(seed=schedule.seed) if candidate.seeded else Train()
         spec = TrainSpec(
             task=self.recipe.task,
             candidate=candidate.model_copy(update={"name": None, "train": TrainOverrides()}),
             train=schedule,
             dtype=self.dtype,
         )
-        kind: FileFormat = "transformers" if candidate.method == "full" else "peft-adapter"
-        return self._step(
-            spec, kind, {"prepared": rows}, self._with_base, self._weights, candidate.label
-        )
+        kind, inputs = candidate.FORMAT, {"prepared": rows}
+        return self._step(spec, kind, inputs, self._with_base, self._weights, candidate.label)
 
     def evaluate(self, label: str, rows: Made, subject: Made | None) -> Step:
         """`subject` is None for the untouched base; `label` is `base`, `finished` or a candidate's.

@@ -69,7 +69,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A candidate's entries: of each seed what was trained, and of all but the first its score."""
+    """A candidate's entries: of each seed what was trained, and of all but the first its score.
+
+    Of one that no seed changes the first seed's alone.
+    """
 
     trained: dict[int, Made]
     scored: dict[int, Made]
@@ -93,7 +96,10 @@ def story(calls: Calls, hands: Hands) -> Outcome:
         for label in candidates
     }
     measured = hands.each(measures, alone=True)
-    seeds = {label: {first: entry} | tuned[label].scored for label, entry in measured.items()}
+    seeds = {
+        label: {seed: tuned[label].scored.get(seed, entry) for seed in recipe.all_seeds}
+        for label, entry in measured.items()
+    }
     compared = hands.make(calls.compare(seeds))
     comparison = read(Comparison, compared.path / "comparison.json")
 
@@ -104,9 +110,8 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     choice = choose(recipe.select, figures, comparison)
 
     finished, chosen = trained[choice.label], candidates[choice.label]
-    if recipe.finish.merge and not chosen.MERGES and chosen.method != "full":
-        beside = f"; {chosen.method} cannot be merged and is served beside its base"
-        choice = replace(choice, why=choice.why + beside)
+    if recipe.finish.merge and not chosen.MERGES and chosen.FORMAT != "transformers":
+        choice = replace(choice, why=f"{choice.why}; {chosen.method} {unmerged(chosen)}")
     if recipe.finish.merge and chosen.MERGES:
         finished = hands.make(calls.merge(choice.label, rows, finished))
     evaluated = hands.make(calls.evaluate("finished", rows, finished))
@@ -169,24 +174,27 @@ def tune(
 
     All that does not measure time is done here, side by side where the hands can.
     """
-    first, *further = calls.recipe.all_seeds
-    several = bool(further)
+    seeds = calls.recipe.all_seeds
+    several = {label: len(seeds) > 1 and one.seeded for label, one in candidates.items()}
 
-    def one(candidate: Candidate, seed: int) -> tuple[Made, Made | None]:
-        step = calls.train(candidate, rows, seed if several else None)
+    def one(label: str, seed: int) -> tuple[Made, Made | None]:
+        step = calls.train(candidates[label], rows, seed if several[label] else None)
         trained = hands.make(step)
-        if seed == first:
+        if seed == seeds[0]:
             return trained, None
         return trained, hands.make(calls.score(step, rows, trained))
 
-    works = {
-        f"{label} seed {seed}" if several else label: partial(one, candidate, seed)
-        for seed in calls.recipe.all_seeds
-        for label, candidate in candidates.items()
-    }
     names = {
-        label: {seed: f"{label} seed {seed}" if several else label for seed in [first, *further]}
+        label: {seed: f"{label} seed {seed}" for seed in seeds}
+        if several[label]
+        else {seeds[0]: label}
         for label in candidates
+    }
+    works = {
+        own[seed]: partial(one, label, seed)
+        for seed in seeds
+        for label, own in names.items()
+        if seed in own
     }
     made = hands.each(works)
     tuned = {
@@ -201,6 +209,13 @@ def tune(
         lines = [f"    {name}: {why}" for name, why in hands.failed.items()]
         raise StageError("\n".join(["no candidate was trained with every seed:", *lines]))
     return tuned
+
+
+def unmerged(candidate: Candidate) -> str:
+    """How a candidate is served that cannot be folded into its base."""
+    if candidate.FORMAT == "prompt":
+        return "has no weights to merge and is served as its base and what stands before a prompt"
+    return "cannot be merged and is served beside its base"
 
 
 def criteria(evaluated: Made) -> CriteriaReport:

@@ -114,7 +114,9 @@ class Tracker:
         run_id = self._child(self._name(step))
         spec = step.call.spec
         settings = {name: value for name, value in spec["candidate"].items() if name != "train"}
-        self._params(run_id, settings | {"train": spec["train"]})
+        if step.call.format != "prompt":  # which no schedule was followed for
+            settings["train"] = spec["train"]
+        self._params(run_id, settings)
         curve = CURVE.validate_json((entry.path / "curve.json").read_bytes())
         rows = [
             (name, value, point.step)

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from schemas.frozen import NAME, Frozen
+from schemas.manifest import ModelFormat
 
 
 class TrainOverrides(Frozen):
@@ -28,11 +29,13 @@ class CandidateBase(Frozen):
 
     MERGES: whether `finish.merge` folds it into the base. Of what does not, `full` is whole
         already, and the others are served beside their base.
-    TRAINS: whether it learns, at a rate and from a seed.
+    TRAINS: whether it learns, at a rate.
+    FORMAT: what training leaves of it; of a `prompt` nothing is trained.
     """
 
     MERGES: ClassVar[bool] = True
     TRAINS: ClassVar[bool] = True
+    FORMAT: ClassVar[ModelFormat] = "peft-adapter"
 
     name: str | None = Field(None, pattern=NAME, description="Shown in tables; unique.")
     train: TrainOverrides = Field(default_factory=TrainOverrides)
@@ -43,6 +46,11 @@ class CandidateBase(Frozen):
     def label(self) -> str:
         return self.name or self.default_name()
 
+    @property
+    def seeded(self) -> bool:
+        """Whether it depends on the seed; else one result stands for all."""
+        return self.TRAINS
+
     def default_name(self) -> str:
         return self.method
 
@@ -51,8 +59,52 @@ class Full(CandidateBase):
     """Every weight of the base is trained."""
 
     MERGES: ClassVar[bool] = False
+    FORMAT: ClassVar[ModelFormat] = "transformers"
 
     method: Literal["full"]
+
+
+class PromptBase(CandidateBase):
+    """What has no weights: the base as it is, and what stands before a question."""
+
+    MERGES: ClassVar[bool] = False
+    TRAINS: ClassVar[bool] = False
+    FORMAT: ClassVar[ModelFormat] = "prompt"
+
+    @model_validator(mode="after")
+    def _nothing_is_trained(self) -> PromptBase:
+        if self.train != TrainOverrides():
+            raise ValueError(f"{self.method} trains nothing: remove `train`")
+        return self
+
+
+class ZeroShot(PromptBase):
+    """The base as it is, asked with the prompt alone: the yardstick of all that adds to it."""
+
+    method: Literal["zero_shot"]
+
+
+class FewShot(PromptBase):
+    """The base as it is, with train rows in front of each prompt. Brown et al. 2020,
+    arXiv:2005.14165."""
+
+    method: Literal["few_shot"]
+    examples: int = Field(
+        4, ge=1, description="At most so many: as many of them as the context holds are shown."
+    )
+    choose: Literal["similarity", "seed"] = Field(
+        "similarity",
+        description="similarity: the most alike of all train rows, for each prompt (BM25, "
+        "Robertson & Zaragoza 2009), which all ship; seed: the same for all prompts, drawn with "
+        "train.seed.",
+    )
+
+    @property
+    def seeded(self) -> bool:
+        return self.choose == "seed"
+
+    def default_name(self) -> str:
+        return f"few_shot-{self.examples}" + ("-seed" if self.choose == "seed" else "")
 
 
 class LoraBase(CandidateBase):
@@ -307,6 +359,8 @@ class PrefixTuning(SoftPrompt):
 
 Candidate = Annotated[
     Full
+    | ZeroShot
+    | FewShot
     | Lora
     | QLora
     | AdaLora

@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FileFormat = Literal["peft-adapter", "transformers", "rows", "report", "page", "registration"]
+#: What a train entry's `model/` holds: an adapter, a whole model, or what stands before a prompt.
+ModelFormat = Literal["peft-adapter", "transformers", "prompt"]
+FileFormat = Literal[ModelFormat, "rows", "report", "page", "registration"]
 
 
 class FileRecord(BaseModel):

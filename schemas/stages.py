@@ -64,7 +64,8 @@ class InspectSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """paths: prepared, base. The entry: model/ (adapter or whole model), curve.json."""
+    """paths: prepared, base. The entry: model/ (adapter, whole model, or the examples of
+    a prompt), curve.json."""
 
     STAGE: ClassVar[str] = "train"
     VERSION: ClassVar[int] = 4

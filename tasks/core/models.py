@@ -31,6 +31,7 @@ from tasks.core.bases import require_safetensors
 from tasks.core.progress import warn
 from tasks.core.quantised import Quantisation
 from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.core.shots import is_prompt
 
 MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
@@ -215,11 +216,15 @@ def load_trained(
 ) -> torch.nn.Module:
     """What a train or merge entry holds in `model/`: an adapter on its base, or a whole model.
 
+    Of a prompt it is the base: what stands before a question is no part of the model.
+
     quantised_base: false for the base as it is, even if the adapter learned beside a quantised one.
 
     Raises:
         StageError: tensors are missing.
     """
+    if is_prompt(model_dir):
+        return cast(torch.nn.Module, load_base(base, task, labels, dtype))
     if (model_dir / "adapter_config.json").exists():
         from peft import PeftModel
 

@@ -24,6 +24,7 @@ from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object
 from tasks.evaluate.generate import generate, stop_ids
+from tasks.evaluate.prompted import Prompted
 from tasks.evaluate.scoring import answer_losses, class_logits
 from tasks.evaluate.subject import Subject
 
@@ -57,7 +58,13 @@ class Scores:
         )
 
 
-def score(subject: Subject, model: torch.nn.Module, prepared: Path, evaluate: Evaluate) -> Scores:
+def score(
+    subject: Subject,
+    model: torch.nn.Module,
+    prepared: Path,
+    evaluate: Evaluate,
+    prompted: Prompted,
+) -> Scores:
     """Measure the task's metrics on the prepared test rows."""
     rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
     lines = (prepared / "test_rows.jsonl").read_text(encoding="utf-8").splitlines()
@@ -68,7 +75,7 @@ def score(subject: Subject, model: torch.nn.Module, prepared: Path, evaluate: Ev
         raise StageError(f"{prepared}: no test rows to measure on")
     if subject.task == "sequence-classification":
         return score_classes(subject, model, rows, texts, evaluate)
-    return score_answers(subject, model, rows, texts, evaluate)
+    return score_answers(subject, model, rows, texts, evaluate, prompted)
 
 
 def score_classes(
@@ -115,9 +122,10 @@ def score_answers(
     rows: TokenRows,
     texts: list[dict[str, Any]],
     evaluate: Evaluate,
+    prompted: Prompted,
 ) -> Scores:
     """Loss and perplexity of the true answers; exact match and field F1 of the generated."""
-    loss_N, tokens_N = answer_losses(model, rows, "loss of answers")
+    loss_N, tokens_N = answer_losses(model, prompted.rows(rows), "loss of answers")
     require_finite(loss_N, texts)
     per_token = bootstrap.ratio(loss_N, tokens_N)
     statistics = {"perplexity": bootstrap.exponential(per_token), "loss": per_token}
@@ -137,11 +145,14 @@ def score_answers(
     chosen_G = chosen_by_hash(rows, evaluate.generate_rows)
     tokenizer = load_tokenizer(subject.base)
     warn_of_unwritable(tokenizer, [texts[index]["answer"] for index in chosen_G])
-    prompts = [rows.row(index)[: rows.answer_start[index]] for index in chosen_G]
+    asked = [prompted.ask(rows.row(index)[: rows.answer_start[index]]) for index in chosen_G]
     stops = stop_ids(model, tokenizer, rows)
+    prompts = [one.tokens for one in asked]
     answers = generate(model, prompts, stops, evaluate.max_new_tokens)
-    for index, answer in zip(chosen_G, answers, strict=True):
+    for index, one, answer in zip(chosen_G, asked, answers, strict=True):
         line = predictions[index]
+        if prompted.shots is not None:
+            line["examples"] = prompted.shots.rows.source_rows[one.examples].tolist()
         line["got"] = tokenizer.decode(answer.tokens, skip_special_tokens=True)
         line["right"] = exact_match(line["expected"], line["got"])
         line["new_tokens"], line["stopped"] = len(answer.tokens), answer.stopped

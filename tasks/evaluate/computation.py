@@ -186,7 +186,7 @@ def step_costs(
     subject: Subject, batch: MicroBatch, parameters: int
 ) -> tuple[StepCost | None, StepCost | None]:
     """What training costs by the subject's method and by full fine-tuning of the same base."""
-    if subject.trained is None:
+    if subject.trained is None or subject.is_prompt:
         return None, None
     candidates: dict[str, Candidate] = {
         "full": Full(method="full"),
@@ -288,10 +288,15 @@ def free_bytes() -> int:
 
 
 def curve_medians(trained_dir: Path | None) -> tuple[float | None, float | None]:
-    """Median seconds of the optimiser steps and median tokens a second, as the run had them."""
+    """Median seconds of the optimiser steps and median tokens a second, as the run had them.
+
+    None where no step was made.
+    """
     if trained_dir is None:
         return None, None
     curve = CURVE.validate_json((trained_dir / "curve.json").read_bytes())
+    if not curve:
+        return None, None
     # The first step compiles kernels and allocates, in every library; it is no step of the rest.
     points = curve[1:] or curve
     before = [point.tokens for point in curve[:-1]] if len(curve) > 1 else [0]

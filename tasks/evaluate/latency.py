@@ -58,6 +58,7 @@ def measure(
     task: str,
     evaluate: Evaluate,
     merged: frozenset[str],
+    more: dict[str, int] | None = None,
 ) -> list[Latency]:
     """One row for each model, prompt length and batch size, but for the reference among others.
 
@@ -67,21 +68,25 @@ def measure(
     Args:
         models: name to model; `base` is the reference. Alone, it is measured against itself.
         merged: the names of those that are merged.
+        more: by how many tokens a model's prompts are longer than `prompt_tokens`, by name.
     """
     results: list[Latency] = []
     orders = list(permutations(models))
-    lengths = prompt_lengths(list(models.values()), evaluate)
+    lengths = prompt_lengths(models, evaluate, more or {})
     sizes = list(product(lengths, evaluate.batch_sizes))
     rounds = len(sizes) * (WARM_UPS + evaluate.repeats)
     with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
         for length, batch_size in sizes:
-            batch = workload.inputs(rows, task, batch_size, lengths[length])
+            batches = {
+                name: workload.inputs(rows, task, batch_size, tokens)
+                for name, tokens in lengths[length].items()
+            }
             times = {name: Times() for name in models}
             for turn in range(WARM_UPS + evaluate.repeats):
                 # Every order in turn: what a model leaves in the caches meets all others alike.
                 for name in orders[turn % len(orders)]:
                     sink = times[name] if turn >= WARM_UPS else Times()
-                    time_once(models[name], batch, task, sink)
+                    time_once(models[name], batches[name], task, sink)
                 progress.advance()
             for name in models:
                 if name != "base" or len(models) == 1:
@@ -90,18 +95,26 @@ def measure(
     return results
 
 
-def prompt_lengths(models: list[torch.nn.Module], evaluate: Evaluate) -> dict[int, int]:
-    """Each prompt length of the recipe that can be had: the tokens that are timed for it, the
-    same for all models. Virtual tokens take up some of a context."""
-    fitting = {
-        length: min(workload.prompt_length(model, length, DECODE_TOKENS) for model in models)
-        for length in evaluate.prompt_lengths
-    }
-    cut = [length for length in evaluate.prompt_lengths[1:] if fitting[length] < length]
-    for length in cut:
-        del fitting[length]
-        warn(f"{length} prompt tokens do not fit into the context: left out of latency")
+def prompt_lengths(
+    models: dict[str, torch.nn.Module], evaluate: Evaluate, more: dict[str, int]
+) -> dict[int, dict[str, int]]:
+    """Each prompt length of the recipe that can be had: the tokens that are timed for it by each
+    model, the same for all but for what examples add. Virtual tokens take up some of a context.
+    """
+    fitting: dict[int, dict[str, int]] = {}
+    for length in evaluate.prompt_lengths:
+        alike = min(fit(model, length) for model in models.values())
+        tokens = {name: fit(model, alike + more.get(name, 0)) for name, model in models.items()}
+        whole = all(tokens[name] == length + more.get(name, 0) for name in models)
+        if fitting and not whole:
+            warn(f"{length} prompt tokens do not fit into the context: left out of latency")
+        else:
+            fitting[length] = tokens
     return fitting
+
+
+def fit(model: torch.nn.Module, tokens: int) -> int:
+    return workload.prompt_length(model, tokens, DECODE_TOKENS)
 
 
 def time_once(model: torch.nn.Module, batch: Inputs, task: str, sink: Times) -> None:

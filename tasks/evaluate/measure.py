@@ -16,6 +16,7 @@ from tasks.core.tokens import TokenRows
 from tasks.evaluate import accuracy, computation, latency, memory, probes, storage, swapping
 from tasks.evaluate.batches import pad_id_of, right_padded, run_on
 from tasks.evaluate.probes import Probe
+from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import Subject, read_subject
 from tasks.methods.table import method_for
 
@@ -31,17 +32,21 @@ def measure(
     subject = read_subject(spec, paths)
     with beside(started):
         model = subject.load().to(runtime.device())
-        base = model if subject.kind == "base" else subject.load_base().to(runtime.device())
+        own = subject.kind != "base" and not subject.is_prompt
+        base = subject.load_base().to(runtime.device()) if own else model
         warn_if_base(model, base, paths["prepared"])
-        scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
+        prompted = asking(subject, model, spec.evaluate)
+        scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate, prompted)
         retained = retention(subject, model, base, paths["prepared"])
         used = probes.read(started, subject.training_facts)
-    overhead = inference_overhead(subject, model, base, spec, paths)
-    stored = storage.measure(subject, base)
     test_rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
+    more = prompted.more_tokens(test_rows)
+    overhead = inference_overhead(subject, model, base, spec, test_rows, more)
+    stored = storage.measure(subject, base)
     swapped, swapped_how = swapping.measure(subject, model, base, test_rows)
     del base  # full fine-tuning is measured next, and wants the room
     train_rows = TokenRows.load(paths["prepared"] / "tokens" / "train.safetensors")
+    words = how(spec, scores)
     report = CriteriaReport(
         subject=subject.kind,
         method=subject.method,
@@ -54,7 +59,7 @@ def measure(
         examples=accuracy.examples(scores.predictions, paths["prepared"]),
         device=device_name(),
         dtype=spec.dtype,
-        how=how(spec, scores) | {"swapping": swapped_how},
+        how=(words if prompted.shots is None else shown(words, more)) | {"swapping": swapped_how},
     )
     return report, scores
 
@@ -94,7 +99,7 @@ def retention(
     if subject.task != "causal-lm":
         return None, None
     before = accuracy.retention_loss(base, prepared, "retention of the base")
-    if subject.kind == "base":
+    if model is base:
         return before, before
     return accuracy.retention_loss(model, prepared, "retention"), before
 
@@ -104,17 +109,22 @@ def inference_overhead(
     model: torch.nn.Module,
     base: torch.nn.Module,
     spec: EvaluateSpec,
-    paths: dict[str, Path],
+    rows: TokenRows,
+    more: int,
 ) -> list[Latency]:
-    """Latencies of the subject, and of its adapter merged in memory, beside the base's."""
+    """Latencies of the subject, and of its adapter merged in memory, beside the base's.
+
+    more: tokens that the subject's prompts have before the base's.
+    """
     models = {"base": base}
     if subject.kind != "base":
         models["subject"] = model
     if subject.is_adapter and method_for(subject.method, subject.task).merges:
         models["merged"] = subject.load_merged().to(runtime.device())
     merged = {"merged"} | ({"subject"} if subject.merged else set())
-    rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
-    return latency.measure(models, rows, spec.task, spec.evaluate, frozenset(merged))
+    return latency.measure(
+        models, rows, spec.task, spec.evaluate, frozenset(merged), {"subject": more}
+    )
 
 
 def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
@@ -131,6 +141,22 @@ def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
         "accuracy": f"{scores.how}; 95 % intervals: percentile bootstrap over rows, "
         f"{spec.evaluate.bootstrap} resamples; {retained}",
         "inference_overhead": latency.how(spec.evaluate, spec.task, torch.get_num_threads()),
+    }
+
+
+def shown(how: dict[str, str], more: int) -> dict[str, str]:
+    """The same words with what examples in front of a prompt change."""
+    longer = (
+        f"the subject's prompts are {more} tokens longer: what examples add to the median test row"
+    )
+    return how | {
+        "storage": f"{how['storage']}; of examples all rows that they are chosen from",
+        "memory": f"{how['memory']}; {longer}",
+        "computation": f"{how['computation']}. Nothing is trained; a token costs what it costs "
+        "the base, and examples in front of a prompt are further tokens",
+        "accuracy": f"{how['accuracy']}. Answers with examples in front of each prompt, which "
+        "are not scored; retention without them, so that it is the base's",
+        "inference_overhead": f"{how['inference_overhead']}; {longer}",
     }
 
 

@@ -28,6 +28,7 @@ from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
 from tasks.evaluate.batches import by_length, pad_id_of, right_padded, run_on
 from tasks.evaluate.generate import generate_batch
+from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import read_subject
 
 CONFIGS = {"causal-lm": LlamaConfig, "sequence-classification": BertConfig}
@@ -66,17 +67,23 @@ def peak_of_call(spec: EvaluateSpec, paths: dict[str, Path]) -> float:
     settle(subject.whole_dir, spec, rows, quantisation)
     floor = 0.0 if torch.cuda.is_available() else runtime.resident_mib()
     model = subject.load().to(runtime.device())
+    # What is searched for examples stays in memory while it answers.
+    prompted = asking(subject, model, spec.evaluate)
+    more = prompted.more_tokens(rows)
     runtime.peak_reset()  # converting a file to another dtype is no part of generating
-    work(model, spec, rows)
+    work(model, spec, rows, more)
     return runtime.peak_mib() - floor
 
 
 @torch.inference_mode()
-def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows) -> None:
-    """What every subject does: generate at the largest batch size, or classify one batch."""
+def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows, more: int = 0) -> None:
+    """What every subject does: generate at the largest batch size, or classify one batch.
+
+    more: tokens that its examples add to a prompt.
+    """
     if spec.task == "causal-lm":
         new = spec.evaluate.max_new_tokens
-        length = workload.prompt_length(model, max(spec.evaluate.prompt_lengths), new)
+        length = workload.prompt_length(model, max(spec.evaluate.prompt_lengths) + more, new)
         prompts = workload.prompts(rows, max(spec.evaluate.batch_sizes), length)
         generate_batch(model, prompts, frozenset(), new)
         return

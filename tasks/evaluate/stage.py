@@ -44,11 +44,13 @@ def score(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str
     """The metrics on the test rows and nothing else: for further seeds, and trials of a search."""
     from tasks.core import runtime
     from tasks.evaluate import accuracy
+    from tasks.evaluate.prompted import asking
     from tasks.evaluate.subject import read_subject
 
     subject = read_subject(spec, paths)
     model = subject.load().to(runtime.device())
-    scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate)
+    prompted = asking(subject, model, spec.evaluate)
+    scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate, prompted)
     figures = {name: interval.value for name, interval in scores.metrics.items()}
     return facts(subject.method, figures, scores, out_dir)
 

@@ -13,6 +13,7 @@ from schemas.report import Storage
 from tasks.core import quantised
 from tasks.core.bases import base_files
 from tasks.core.models import TUNER
+from tasks.core.shots import EXAMPLES, PROMPT
 from tasks.evaluate.subject import Subject
 
 #: What is read of an adapter's directory: by PEFT, which may lack a kind's tuner, and by us where
@@ -34,7 +35,7 @@ def measure(subject: Subject, base: torch.nn.Module) -> Storage:
     trained = trainable_parameters(subject)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     shipped = size(shipped_files(subject))
-    is_whole = subject.model_dir is not None and not subject.is_adapter
+    is_whole = subject.whole_dir != subject.base
     return Storage(
         shipped_bytes=shipped,
         ten_tasks_bytes=TASKS * shipped + (0 if is_whole else size(base_files(subject.base))),
@@ -55,6 +56,9 @@ def shipped_files(subject: Subject) -> list[Path]:
     if subject.is_adapter:
         files = (subject.model_dir / name for name in ADAPTER_FILES)
         return [path for path in files if path.exists()]
+    if subject.is_prompt:
+        shown = (subject.model_dir / EXAMPLES).exists()
+        return [subject.model_dir / name for name in (PROMPT, EXAMPLES) if shown]
     return sorted(path for path in subject.model_dir.rglob("*") if path.is_file())
 
 

@@ -14,6 +14,7 @@ from tasks.core.models import load_base, load_trained, read_labels
 from tasks.core.progress import warn
 from tasks.core.quantised import Quantisation
 from tasks.core.runtime import Dtype
+from tasks.core.shots import Shots, is_prompt
 from tasks.core.store import read_manifest
 
 
@@ -43,9 +44,20 @@ class Subject:
         return self.model_dir is not None and (self.model_dir / "adapter_config.json").exists()
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether it is the base's own weights, asked in another way."""
+        return self.model_dir is not None and is_prompt(self.model_dir)
+
+    @property
     def whole_dir(self) -> Path:
-        """The directory of the whole model that is loaded: its own, or an adapter's base."""
-        return self.base if self.model_dir is None or self.is_adapter else self.model_dir
+        """The directory of the whole model that is loaded: its own, or that of its base."""
+        if self.model_dir is None or self.is_adapter or self.is_prompt:
+            return self.base
+        return self.model_dir
+
+    def shots(self) -> Shots | None:
+        """The examples that stand before each prompt, if any do."""
+        return None if self.model_dir is None else Shots.load(self.model_dir)
 
     @property
     def method(self) -> str:

@@ -38,7 +38,7 @@ HOW = (
     f"base: median of {ADAPTERS * ROUNDS} changes from one to the next; MiB of all tensors beside "
     f"the base's; logits of {ROWS} test rows after coming back, beside a fresh load's, bit for bit"
 )
-WHOLE = "not measured: a whole model has no adapter to swap"
+WHOLE = "not measured: a whole model has no adapter to swap, and a prompt none"
 
 
 def measure(

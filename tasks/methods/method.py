@@ -12,6 +12,7 @@ from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
 
 from schemas.errors import UserError
+from schemas.manifest import ModelFormat
 from tasks.core.models import head_modules
 from tasks.core.quantised import Quantisation
 from tasks.methods.course import Course
@@ -58,7 +59,7 @@ class Method:
     merges: bool
     tasks: tuple[str, ...]
     trained_base: bool
-    format: Literal["peft-adapter", "transformers"]
+    format: ModelFormat
     build: Build
     trainable_parameters: Count
     rate_of: Callable[[Any, str], float] = lambda candidate, name: 1.0

@@ -7,6 +7,7 @@ from typing import Any
 from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
+from tasks.core.shots import EXAMPLES
 
 #: Figures of the table, in its order; those that a report does not have are left out.
 UNITS = {
@@ -33,19 +34,23 @@ def model_card(
     """The card as Markdown: what it is, from what, how good, its limits, how to load it."""
     sections = [
         f"# {spec.name}",
-        introduction(spec, report, serving),
+        introduction(spec, report, serving, manifests["finished"]),
         "## Data\n\n" + data_table(data) + "\n\n" + data_hashes(manifests),
         "## Five criteria\n\n" + criteria_table(report),
-        "## Limits\n\n" + limits(spec, report, data, serving),
+        "## Limits\n\n" + limits(spec, report, data, serving, manifests["finished"]),
         "## Loading\n\n" + loading(spec, example),
         "## Made with\n\n" + made_with(manifests),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def introduction(spec: RegisterSpec, report: CriteriaReport, serving: dict[str, Any]) -> str:
+def introduction(
+    spec: RegisterSpec, report: CriteriaReport, serving: dict[str, Any], finished: Manifest
+) -> str:
     revision = f" at revision `{spec.base['revision']}`" if spec.base["revision"] else ""
     shipped = "the adapter; its base is fetched and checked" if serving["base"] else "whole"
+    if finished.format == "prompt":
+        shipped = "none; the base as it is, fetched and checked"
     lines = [
         f"- task: {spec.task}",
         f"- base: `{spec.base['model']}`{revision}",
@@ -97,13 +102,23 @@ def criteria_table(report: CriteriaReport) -> str:
 
 
 def limits(
-    spec: RegisterSpec, report: CriteriaReport, data: DataReport, serving: dict[str, Any]
+    spec: RegisterSpec,
+    report: CriteriaReport,
+    data: DataReport,
+    serving: dict[str, Any],
+    finished: Manifest,
 ) -> str:
     lines = [
         f"- Measured on {report.accuracy.rows:,} held-out rows of the same source as the training "
         "rows; other text was not tried.",
-        f"- Trained on rows of at most {data.max_length} tokens.",
     ]
+    if finished.format != "prompt":
+        lines.append(f"- Trained on rows of at most {data.max_length} tokens.")
+    elif f"model/{EXAMPLES}" in finished.files:
+        lines.append(
+            "- Train rows travel with it and stand in front of each prompt, as many as its "
+            "context holds: an answer may repeat them."
+        )
     if spec.task == "causal-lm":
         lines.append(
             f"- Answers are greedy, of at most {spec.max_new_tokens} tokens; nothing checks "
@@ -117,7 +132,8 @@ def limits(
             f"a text is cut at {data.max_length} tokens."
         )
     if serving["base"]:
-        lines.append("- It runs on exactly the base that it was trained on: hashes are checked.")
+        made = "measured" if finished.format == "prompt" else "trained"
+        lines.append(f"- It runs on exactly the base that it was {made} on: hashes are checked.")
     return "\n".join(lines)
 
 

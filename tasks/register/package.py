@@ -1,7 +1,7 @@
 """What a registered version carries: one directory that says all there is to say of a model.
 
-model/           the whole model with its tokenizer, or the adapter
-tokenizer/       beside an adapter: the tokenizer of its base
+model/           the whole model with its tokenizer, the adapter, or the examples of a prompt
+tokenizer/       beside an adapter or a prompt: the tokenizer of its base
 serving.json     how it is to be asked (`served_model.py` reads it)
 report.html      the run's report: every candidate beside the base, plots, examples, the data
 criteria.json    the five criteria, measured on this very model
@@ -26,6 +26,7 @@ from tasks.core import quantised
 from tasks.core.bases import base_files, tokenizer_files
 from tasks.core.files import sha256_file, sha256_json
 from tasks.core.models import load_config, load_tokenizer, read_labels
+from tasks.core.shots import is_prompt
 from tasks.core.store import read_manifest
 from tasks.core.tokens import TokenRows
 from tasks.register.asked import held_out_rows
@@ -64,8 +65,8 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
     report = CriteriaReport.model_validate_json((paths["evaluated"] / "criteria.json").read_bytes())
     data = DataReport.model_validate_json((paths["prepared"] / "data_report.json").read_bytes())
     is_adapter = (finished / "adapter_config.json").exists()
-    base = describe_base(spec, paths["base"]) if is_adapter else None
-    if is_adapter:
+    base = describe_base(spec, paths["base"]) if is_adapter or is_prompt(finished) else None
+    if base is not None:
         (directory / "tokenizer").mkdir()
         for path in tokenizer_files(paths["base"]):
             shutil.copyfile(path, directory / "tokenizer" / path.name)
@@ -132,7 +133,7 @@ def lineage(paths: Paths) -> dict[str, Manifest]:
 
 
 def describe_base(spec: RegisterSpec, base: Path) -> dict[str, Any]:
-    """Where an adapter's base is found, and the hash of every file of it that counts."""
+    """Where the base of an adapter or a prompt is found, and the hash of each file that counts."""
     hashes = {path.name: sha256_file(path) for path in base_files(base)}
     return {**spec.base, "path": str(base.resolve()), "sha256": hashes}
 

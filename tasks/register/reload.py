@@ -24,7 +24,9 @@ def answer_request(model_uri: str, request: Path, answer: Path) -> None:
     save_file(
         {name: row.contiguous() for name, row in logits.items()}, answer / "logits.safetensors"
     )
-    (answer / "asked.json").write_text(json.dumps([served.encode(text) for _, text in rows]))
+    longest = served.serving["max_new_tokens"]
+    asked = [served.ask(text, longest) for _, text in rows]
+    (answer / "asked.json").write_text(json.dumps(asked))
 
 
 if __name__ == "__main__":

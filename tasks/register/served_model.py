@@ -1,8 +1,9 @@
 """The code of a registered model: MLflow runs this file, alone, wherever the version is loaded.
 
 It imports nothing of this project. Beside it, as the artifact `package`, lie the weights (or an
-adapter, with the content hash of its base), the tokenizer, and `serving.json`, which says what
-training used: the task, the template, the dtype, the tokens that end an answer.
+adapter, or the examples of a prompt, with the content hash of the base), the tokenizer, and
+`serving.json`, which says what training used: the task, the template, the dtype, the tokens that
+end an answer.
 
 A causal model answers prompts: plain text, or a conversation as a JSON list of
 `{"role": …, "content": …}`. A classifier gives each text its label and that label's probability.
@@ -21,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -42,6 +46,8 @@ BATCH_ROWS = 16
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """What `mlflow.pyfunc.load_model(...).predict(rows, params)` calls."""
 
+    examples: Examples | None = None
+
     def load_context(self, context: Any) -> None:
         package = Path(context.artifacts["package"])
         self.serving: dict[str, Any] = json.loads((package / "serving.json").read_text())
@@ -53,6 +59,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.model = load_model(package, self.serving).to(self.device).eval()
         self.pad_id = pad_id_of(self.model, self.tokenizer)
         self.batch_rows = batch_rows(self.model)
+        if (package / "model" / "examples.safetensors").exists():
+            self.examples = Examples(package / "model")
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -85,10 +93,18 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             ids.pop()
         return ids
 
+    def ask(self, row: str, max_new_tokens: int) -> list[int]:
+        """The tokens that the model reads: those of a prompt, behind its examples if it has any."""
+        prompt = self.encode(row)
+        if self.examples is None:
+            return prompt
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return self.examples.ask(prompt, None if limit is None else limit - max_new_tokens)
+
     @torch.inference_mode()
     def complete(self, rows: list[str], max_new_tokens: int) -> list[str]:
         """The greedy answer to each prompt."""
-        prompts = [self.encode(row) for row in rows]
+        prompts = [self.ask(row, max_new_tokens) for row in rows]
         answers = [""] * len(rows)
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -145,14 +161,78 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return found
 
 
+class Examples:
+    """The train rows that stand in front of a prompt.
+
+    Which ones, and in which order, are the rules of `tasks/core/shots.py` in the project that made
+    this version: by BM25 over token ids (Robertson & Zaragoza 2009, doi:10.1561/1500000019), or
+    always the same; the nearest last, and as many as there is room for.
+    """
+
+    K1, B = 1.2, 0.75
+
+    def __init__(self, directory: Path) -> None:
+        settings = json.loads((directory / "prompt.json").read_text())
+        self.count, self.bos = settings["examples"], settings["bos"]
+        rows = load_file(directory / "examples.safetensors")
+        self.rows = np.split(rows["input_ids"], rows["offsets"][1:-1])
+        self.by_similarity = settings["choose"] == "similarity"
+        if self.by_similarity:
+            ends = rows["answer_start"].tolist()
+            self.index([row[:end] for row, end in zip(self.rows, ends, strict=True)])
+
+    def ask(self, prompt: list[int], room: int | None) -> list[int]:
+        """The prompt behind as many examples as `room` tokens hold of all; None: no limit."""
+        chosen = self.nearest(prompt)
+        while chosen:
+            first, *others = (self.rows[row].tolist() for row in chosen)
+            # The first row alone keeps its BOS.
+            later = (part[1:] if part[:1] == [self.bos] else part for part in (*others, prompt))
+            tokens: list[int] = sum(later, first)
+            if room is None or len(tokens) <= room:
+                return tokens
+            chosen = chosen[1:]
+        return prompt
+
+    def nearest(self, prompt: list[int]) -> list[int]:
+        """The rows that belong to a prompt, the most similar last."""
+        if not self.by_similarity:
+            return list(range(len(self.rows)))[::-1]
+        order: list[int] = np.argsort(-self.scores(prompt), kind="stable").tolist()
+        return order[: self.count][::-1]
+
+    def index(self, prompts: list[NDArray[np.int32]]) -> None:
+        """What each of a prompt's tokens adds to the score of each row that has it."""
+        count = len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.float64)
+        pairs = np.concatenate(prompts).astype(np.int64) * count
+        pairs += np.repeat(np.arange(count), lengths.astype(np.int64))
+        pairs, times = np.unique(pairs, return_counts=True)
+        tokens, starts, having = np.unique(pairs // count, return_index=True, return_counts=True)
+        self.having = pairs % count
+        self.places = {
+            token: slice(start, start + rows)
+            for token, start, rows in zip(tokens.tolist(), starts, having, strict=True)
+        }
+        rarity = np.log(1 + (count - having + 0.5) / (having + 0.5))
+        discount = self.K1 * (1 - self.B + self.B * lengths / max(1.0, lengths.mean()))
+        saturated = times * (self.K1 + 1) / (times + discount[self.having])
+        self.weights = np.repeat(rarity, having) * saturated
+
+    def scores(self, prompt: list[int]) -> NDArray[np.float64]:
+        found = np.zeros(len(self.rows))
+        for token in sorted(set(prompt)):
+            place = self.places.get(token, slice(0, 0))
+            found[self.having[place]] += self.weights[place]
+        return found
+
+
 def load_model(package: Path, serving: dict[str, Any]) -> Any:
     """The whole model, or the adapter on the base that it was trained on and no other."""
     load = MODEL_CLASSES[serving["task"]].from_pretrained
     options: dict[str, Any] = {"dtype": getattr(torch, serving["dtype"]), "use_safetensors": True}
     if serving["base"] is None:
         return load(package / "model", local_files_only=True, **options)
-    from peft import PeftModel
-
     if (package / "model" / "tuner.py").exists():
         import_tuner(package / "model" / "tuner.py")
     if serving["labels"] is not None:
@@ -164,8 +244,12 @@ def load_model(package: Path, serving: dict[str, Any]) -> Any:
     if quantisation.exists():
         options |= quantised(json.loads(quantisation.read_text()), options["dtype"])
     base = load(find_base(serving["base"]), local_files_only=True, **options)
+    if (package / "model" / "prompt.json").exists():
+        return base
     if quantisation.exists():
         keep_as_loaded(base)
+    from peft import PeftModel
+
     with warnings.catch_warnings():
         # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -236,14 +320,14 @@ def find_base(base: dict[str, Any]) -> Path:
         )
     if not place.is_dir():
         raise RuntimeError(
-            f"this version is an adapter and its base, {base['model']}, is not at {place}; "
+            f"this version is no whole model and its base, {base['model']}, is not at {place}; "
             "set PEFTFLOW_BASE to a directory that holds it"
         )
     for name, wanted in base["sha256"].items():
         path = place / name
         if not path.is_file() or sha256_file(path) != wanted:
             raise RuntimeError(
-                f"{path} is not the file that this adapter was trained on (SHA-256 {wanted}); "
+                f"{path} is not the file that this version was made with (SHA-256 {wanted}); "
                 f"set PEFTFLOW_BASE to a directory with the right {base['model']}"
             )
     return place

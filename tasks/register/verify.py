@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from schemas.errors import StageError
-from tasks.core.models import load_trained
-from tasks.register.asked import held_out_rows
+from tasks.core.models import load_config, load_trained
+from tasks.core.shots import Shots, room_of
+from tasks.register.asked import Asked, held_out_rows
 
 #: Held-out rows that are compared.
 ROWS = 8
@@ -51,7 +53,7 @@ def reload(
         StageError: the version cannot be loaded.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    rows = held_out_rows(paths["prepared"], ROWS)
+    rows = asked_rows(paths, serving)
     request, answer = scratch / "rows.json", scratch / "answer"
     request.write_text(json.dumps([[row.tokens, row.text] for row in rows]))
     answer.mkdir(exist_ok=True)
@@ -92,6 +94,22 @@ def reload(
         rows=len(rows),
         asked_alike=sum(row.prompt == tokens for row, tokens in zip(rows, asked, strict=True)),
     )
+
+
+def asked_rows(paths: dict[str, Path], serving: dict[str, Any]) -> list[Asked]:
+    """The held-out rows, behind the examples with which the finished entry is asked, if any."""
+    rows = held_out_rows(paths["prepared"], ROWS)
+    shots = Shots.load(paths["finished"] / "model")
+    if shots is None:
+        return rows
+    longest = serving["max_new_tokens"]
+    room = room_of(load_config(paths["base"]), longest)
+    shown = []
+    for row in rows:
+        prompt = shots.ask(np.array(row.prompt, dtype=np.int32), room).tokens.tolist()
+        answer = row.tokens[len(row.prompt) :][:longest]
+        shown.append(Asked(row.text, [*prompt, *answer], prompt))
+    return shown
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -80,11 +80,14 @@ def _cells(report: CriteriaReport, row: Latency, ms: Scale) -> list[LatencyCell]
 def overhead_figure(inputs: Inputs) -> str:
     """The ratio that stands for inference overhead: smallest batch, decoding where there is any.
 
+    Prefill where a candidate has examples in front of its prompts: that is what they cost.
     Unmerged before merged; "" where no latency was measured.
     """
+    shown = any(report.method == "few_shot" for report in inputs.reports.values())
+    first = "prefill" if shown else "token"
     names = {name for report in inputs.reports.values() for name in report.figures()}
     matches = [match for match in map(LATENCY.fullmatch, names) if match and match[2] == "ratio"]
-    matches.sort(key=lambda match: (match[1] != "token", bool(match[5]), page_order(match[0])))
+    matches.sort(key=lambda match: (match[1] != first, bool(match[5]), page_order(match[0])))
     return matches[0][0] if matches else ""
 
 

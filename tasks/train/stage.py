@@ -32,6 +32,7 @@ from tasks.train.loss import backbone
 from tasks.train.memory import available_mib, check_fits, needed_mib
 from tasks.train.output import save_model
 from tasks.train.probe import check_loss, check_packed_apart, own_loss, probe_rows
+from tasks.train.prompt import make_prompt
 from tasks.train.unpad import unpad
 from tasks.train.watch import WINDOW, digests, mean_loss, unmoved
 
@@ -41,12 +42,16 @@ TOKENS = "tokens/train.safetensors"
 def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train one candidate. paths: prepared, base. Writes model/ and curve.json.
 
+    Of what has no weights to train (`tasks/train/prompt.py`), the examples and an empty curve.
+
     Raises:
         UserError: a target, rank, base or budget that cannot be.
         StageError: training went wrong (`tasks.train.watch`).
     """
     method = method_for(spec.candidate.method, spec.task)
     rows, labels = read_rows(spec, paths["prepared"])
+    if method.format == "prompt":
+        return make_prompt(spec, rows, paths, out_dir)
     checkpoints = Checkpoints(out_dir / SCRATCH, identity(spec, paths["prepared"]))
     placement.seed(spec.train.seed)
     placement.keep_freed_memory()

@@ -1,4 +1,4 @@
-"""What is refused before anything heavy is imported: a base or rows that cannot be."""
+"""What is refused before anything heavy is imported, and what a prompt is made from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import yaml
 
 from flows.calls import Calls
 from flows.home import Home
+from flows.plan import planned
 from schemas.errors import UserError
 from schemas.load import load_recipe
 
@@ -62,3 +63,42 @@ def test_a_hub_base_without_a_network_says_how_to_go_on(
     with pytest.raises(UserError, match="hf download org/name --revision") as caught:
         opened(place, base={"model": "org/name", "revision": "0" * 40})
     assert "base.model" in caught.value.problems[0].place
+
+
+def trained(place: Path, **changes: Any) -> dict[str, str]:
+    """Title: key of the steps that train something, or would."""
+    found, _ = planned(opened(place, **changes))
+    return {one.step.title: one.key for one in found if one.step.call.stage == "train"}
+
+
+def test_a_prompt_is_made_from_what_it_reads_alone(place: Path) -> None:
+    """Not from the schedule, but from how many examples, how they are chosen, and the seed of
+    those that are drawn."""
+
+    def key(train: dict[str, Any] | None = None, **candidate: Any) -> str:
+        asked = [{"method": "few_shot", "name": "shown", **candidate}]
+        return trained(place, candidates=asked, train=train or {})["train shown"]
+
+    first = key()
+    assert key({"learning_rate": 1e-2, "max_steps": 9, "seed": 1}) == first
+    drawn = [key({"seed": seed, "max_steps": 9 - seed}, choose="seed") for seed in (0, 1)]
+    assert key({"seed": 1}, choose="seed") == drawn[1]
+    assert len({first, *drawn, key(examples=3)}) == 4
+
+
+def test_what_no_seed_changes_is_made_once(place: Path) -> None:
+    asked = [
+        {"method": "zero_shot"},
+        {"method": "few_shot"},
+        {"method": "few_shot", "choose": "seed"},
+        {"method": "lora"},
+    ]
+    made = trained(place, candidates=asked, seeds=[3, 5], search={"learning_rate": [1e-3, 1e-2]})
+    assert set(made) == {
+        "train lora-r16 at rate 0.001",  # and by what it comes to, all else of lora
+        "train zero_shot",
+        "train few_shot-4",
+        "train few_shot-4-seed seed 3",
+        "train few_shot-4-seed seed 5",
+    }
+    assert len(set(made.values())) == 5

@@ -36,6 +36,16 @@ RECIPE: dict[str, Any] = {
     "register": {"name": "tiny", "gate": {"loss": "<= 2"}, "promote": True},
 }
 
+MEMORY = ("train_peak_mib", "generate_peak_mib", "base_generate_peak_mib")
+COMPUTATION = (
+    "forward_flops_per_token",
+    "backward_flops_per_token",
+    "step_time_s",
+    "train_tokens_per_s",
+    "flops_ratio_to_full",
+    "step_time_ratio_to_full",
+)
+
 
 def calls(place: Path, home: Home | None = None, **changes: Any) -> Calls:
     """The calls of RECIPE with whole sections replaced."""
@@ -57,19 +67,8 @@ def report(loss: float, mib: float) -> CriteriaReport:
                 "trainable_parameters": 1,
                 "trainable_share": 0.1,
             },
-            "memory": {
-                "train_peak_mib": 1.0,
-                "generate_peak_mib": 1.0,
-                "base_generate_peak_mib": 1.0,
-            },
-            "computation": {
-                "forward_flops_per_token": 1.0,
-                "backward_flops_per_token": 1.0,
-                "step_time_s": 1.0,
-                "train_tokens_per_s": 1.0,
-                "flops_ratio_to_full": 1.0,
-                "step_time_ratio_to_full": 1.0,
-            },
+            "memory": dict.fromkeys(MEMORY, 1.0),
+            "computation": dict.fromkeys(COMPUTATION, 1.0),
             "accuracy": {
                 "metrics": {"loss": {"value": loss, "low": loss, "high": loss}},
                 "rows": 1,
@@ -463,3 +462,27 @@ def test_where_all_fail_the_run_fails_with_what_each_met(place: Path) -> None:
     hands = Making(calls(place).home, broken={"train full", "train lora-r2"})
     with pytest.raises(StageError, match=r"full: out of luck\nlora-r2: out of luck"):
         story(calls(place), hands)
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "few_shot"])
+def test_a_selected_prompt_is_registered_as_it_is_and_said(place: Path, method: str) -> None:
+    candidates = [{"method": method, "name": "asked"}, {"method": "lora", "rank": 2}]
+    outcome, hands = told(calls(place, candidates=candidates), asked=0.5)
+    assert outcome.choice.label == "asked"
+    assert f"{method} has no weights to merge and is served as its base" in outcome.choice.why
+    assert not any(step.call.stage == "merge" for step in hands.made)
+    by_title = {step.title: step.call for step in hands.made}
+    assert by_title["train asked"].format == "prompt"
+    assert by_title["register"].inputs["finished"] == key_of(by_title["train asked"])
+
+
+def test_a_prompt_that_no_seed_changes_stands_for_all_seeds(place: Path) -> None:
+    candidates = [{"method": "zero_shot"}, {"method": "lora", "rank": 2}]
+    _, hands = told(calls(place, candidates=candidates, **THREE))
+    by_title = {step.title: step.call for step in hands.made}
+    own = [step.title for step in hands.made if step.label == "zero_shot"]
+    assert own == ["train zero_shot", "evaluate zero_shot"]
+    read = by_title["compare"].inputs
+    measured = key_of(by_title["evaluate zero_shot"])
+    assert [read[f"zero_shot/{seed}"] for seed in (3, 5, 8)] == [measured] * 3
+    assert len({read[f"lora-r2/{seed}"] for seed in (3, 5, 8)}) == 3

@@ -214,3 +214,11 @@ def test_json_schema_is_the_generated_one() -> None:
 )
 def test_bounds(bound: str, value: float, kept: bool) -> None:
     assert holds(bound, value) is kept
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "few_shot"])
+def test_a_schedule_for_what_trains_nothing_is_refused(folder: Path, method: str) -> None:
+    text = GOOD.replace("method: full", f"method: {method}, train: {{epochs: 2}}")
+    [found] = problems(folder, text)
+    assert f"{method} trains nothing: remove `train`" in found
+    assert "candidates[0]" in found

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from schemas.candidates import Full, Lora
+from schemas.candidates import FewShot, Full, Lora, ZeroShot
 from schemas.errors import UserError
 from schemas.stages import InspectSpec
 from tasks.inspect.stage import run
@@ -63,3 +63,18 @@ def test_every_problem_of_every_candidate_at_its_place(base: Path, tmp_path: Pat
     assert "q_proj" in target.fix
     assert rank.place == "candidates[2].rank"
     assert "at most 16" in rank.fix
+
+
+def test_prompts_train_nothing_and_are_refused_for_a_classifier(base: Path, tmp_path: Path) -> None:
+    candidates = [Full(method="full"), ZeroShot(method="zero_shot"), FewShot(method="few_shot")]
+    facts = run(InspectSpec(task="causal-lm", candidates=candidates), {"base": base}, tmp_path)
+    for label in ("zero_shot", "few_shot-4"):
+        assert facts["candidates"][label] == {"trainable_parameters": 0, "trainable_share": 0}
+    classifier = InspectSpec(task="sequence-classification", candidates=candidates)
+    with pytest.raises(UserError) as caught:
+        run(classifier, {"base": base}, tmp_path)
+    places = [(problem.place, problem.found) for problem in caught.value.problems]
+    assert places == [
+        ("candidates[1].method", "zero_shot cannot be used for sequence-classification"),
+        ("candidates[2].method", "few_shot cannot be used for sequence-classification"),
+    ]

@@ -28,6 +28,7 @@ from schemas.candidates import (
     AdaLora,
     BitFit,
     Bottleneck,
+    FewShot,
     Full,
     Ia3,
     LastLayers,
@@ -37,6 +38,7 @@ from schemas.candidates import (
     PromptTuning,
     PTuning,
     QLora,
+    ZeroShot,
 )
 from schemas.errors import UserError
 from schemas.recipe import Train
@@ -72,6 +74,8 @@ BASES = {
 }
 CANDIDATES = {
     "full": Full(method="full"),
+    "zero_shot": ZeroShot(method="zero_shot"),
+    "few_shot": FewShot(method="few_shot"),
     "lora": Lora(method="lora", rank=4),
     "qlora": QLora(method="qlora", rank=4),
     "adalora": AdaLora(method="adalora", rank=2, initial_rank=4),
@@ -87,6 +91,8 @@ CANDIDATES = {
 #: Virtual tokens are attended to from the first step on: there is no prompt that changes nothing.
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 FROM_THE_BASE = [name for name in CANDIDATES if name not in ("full", *SOFT)]
+#: Each method with the tasks that it can be used for.
+USES = [(name, task) for name in CANDIDATES for task in BASES if task in METHODS[name].tasks]
 
 
 def test_every_method_of_the_recipe_is_in_the_table_and_on_its_page():
@@ -95,6 +101,7 @@ def test_every_method_of_the_recipe_is_in_the_table_and_on_its_page():
     for name, method in METHODS.items():
         assert name == method.name
         assert method.merges == CANDIDATES[name].MERGES
+        assert method.format == CANDIDATES[name].FORMAT
         [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
         _, family, _, merges, papers = (cell.strip() for cell in row.strip("|").split("|"))
         assert family == method.family
@@ -102,8 +109,7 @@ def test_every_method_of_the_recipe_is_in_the_table_and_on_its_page():
         assert method.paper in papers or name == "full"
 
 
-@pytest.mark.parametrize("task", BASES)
-@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize(("name", "task"), USES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_trained_is_the_formula_in_float32(name, task, dtype):
     method, candidate = METHODS[name], CANDIDATES[name]
@@ -124,6 +130,14 @@ def test_what_is_trained_is_the_formula_in_float32(name, task, dtype):
         assert all(weight.dtype == dtype for weight in frozen)
 
 
+@pytest.mark.parametrize("name", ["zero_shot", "few_shot"])
+def test_a_prompt_trains_nothing_and_is_for_generating_alone(name):
+    model = METHODS[name].build(BASES["causal-lm"](), CANDIDATES[name], "causal-lm")
+    assert trained(model) == {}
+    with pytest.raises(UserError, match=f"{name} cannot be used for sequence-classification"):
+        method_for(name, "sequence-classification")
+
+
 def test_lora_counts_by_hand():
     # A layer: q and o 32 to 32, k and v 32 to 16, gate and up 32 to 48, down 48 to 32.
     layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
@@ -133,8 +147,7 @@ def test_lora_counts_by_hand():
     assert counted == 2 * 4 * layer
 
 
-@pytest.mark.parametrize("task", BASES)
-@pytest.mark.parametrize("name", FROM_THE_BASE)
+@pytest.mark.parametrize(("name", "task"), [use for use in USES if use[0] in FROM_THE_BASE])
 def test_an_adapter_starts_at_the_base_exactly(name, task):
     torch.manual_seed(0)
     base = BASES[task]().eval()

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from schemas.stages import PageSpec
 from tasks.report.apart import apart, rates, recommendation
 from tasks.report.criteria import criteria_table, marked
-from tasks.report.curves import CURVE_POINTS, running_mean, thinned
+from tasks.report.curves import CURVE_POINTS, loss_plot, running_mean, thinned
 from tasks.report.data_view import refused_rows
 from tasks.report.examples import LONGEST, clipped, differences
 from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import Inputs
+from tasks.report.overhead import overhead_figure
 from tasks.report.pareto import joined_labels, label_positions, pareto_front
 from tasks.report.provenance import without_directories
+from tasks.report.run import render
 from tasks.report.summary import quality_figure, verdict
 
 # Few distinct values, so that ties in one figure and in both are common.
@@ -212,3 +214,19 @@ def test_one_candidate_alone_is_beside_nobody(spec: PageSpec, inputs: Inputs) ->
     )
     assert apart(replace(inputs, comparison=alone)) is None
     assert recommendation(spec, replace(inputs, comparison=alone)) == []
+
+
+def test_what_examples_cost_is_the_prefill(inputs: Inputs) -> None:
+    assert overhead_figure(inputs) == "token_ratio_b1"
+    shown = inputs.reports["lora-r4"].model_copy(update={"method": "few_shot"})
+    with_examples = replace(inputs, reports=inputs.reports | {"lora-r4": shown})
+    assert overhead_figure(with_examples) == "prefill_ratio_b1"
+
+
+def test_candidates_that_train_nothing_have_no_curve(spec: PageSpec, inputs: Inputs) -> None:
+    one = loss_plot(spec, replace(inputs, curves=inputs.curves | {"lora-r4": []}))
+    assert one is not None
+    assert {trace.get("name") for trace in one.spec["data"]} == {None, "full", "lora-r16"}
+    none = replace(inputs, curves={label: [] for label in inputs.curves})
+    assert loss_plot(spec, none) is None
+    assert "No candidate has a training curve." in render(spec, none)
