@@ -39,6 +39,10 @@ HomeOption = Annotated[
     typer.Option("--home", metavar="DIR", help="Default: PEFTFLOW_HOME, else ./.peftflow"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object, last on stdout.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="SIZE", help="e.g. 24GiB. Default: what is free here."),
+]
 WhyOption = Annotated[str, typer.Option("--why", help="Kept in the ledger.")]
 
 #: A command's own work, which gives its exit code.
@@ -87,14 +91,22 @@ def check(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, home: HomeOption = None) -> None:
-    """What a run would make and what is in the store already."""
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    home: HomeOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """What each candidate would cost, whether it fits, and what is in the store already."""
     from flows.check import plan_recipe
-    from flows.tables import plan_table
+    from flows.tables import cost_lines, cost_table, plan_table
 
     def work(screen: Screen, place: Home) -> int:
-        steps, later = plan_recipe(recipe, set_ or [], place)
-        screen.console.print(plan_table(steps, later))
+        plan = plan_recipe(recipe, set_ or [], place, device)
+        screen.console.print(cost_table(plan.costs))
+        screen.console.print(cost_lines(plan.costs), highlight=False)
+        if plan.steps:
+            screen.console.print(plan_table(plan.steps, plan.later))
         return 0
 
     guarded(work, home)
@@ -151,7 +163,11 @@ def compare(name: NameArgument, home: HomeOption = None) -> None:
 def promote(
     name: NameArgument,
     version: Annotated[str, typer.Argument(metavar="VERSION")],
-    why: WhyOption = "promoted by hand",
+    why: DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="SIZE", help="e.g. 24GiB. Default: what is free here."),
+]
+WhyOption = "promoted by hand",
     home: HomeOption = None,
 ) -> None:
     """Make a version the champion."""
@@ -168,7 +184,11 @@ def promote(
 
 
 @app.command()
-def rollback(name: NameArgument, why: WhyOption = "rollback", home: HomeOption = None) -> None:
+def rollback(name: NameArgument, why: DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="SIZE", help="e.g. 24GiB. Default: what is free here."),
+]
+WhyOption = "rollback", home: HomeOption = None) -> None:
     """Give `champion` back to the version before the present one."""
     from tasks.register.promote import rollback as roll_back
 
