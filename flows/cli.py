@@ -163,11 +163,7 @@ def compare(name: NameArgument, home: HomeOption = None) -> None:
 def promote(
     name: NameArgument,
     version: Annotated[str, typer.Argument(metavar="VERSION")],
-    why: DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", metavar="SIZE", help="e.g. 24GiB. Default: what is free here."),
-]
-WhyOption = "promoted by hand",
+    why: WhyOption = "promoted by hand",
     home: HomeOption = None,
 ) -> None:
     """Make a version the champion."""
@@ -184,11 +180,7 @@ WhyOption = "promoted by hand",
 
 
 @app.command()
-def rollback(name: NameArgument, why: DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", metavar="SIZE", help="e.g. 24GiB. Default: what is free here."),
-]
-WhyOption = "rollback", home: HomeOption = None) -> None:
+def rollback(name: NameArgument, why: WhyOption = "rollback", home: HomeOption = None) -> None:
     """Give `champion` back to the version before the present one."""
     from tasks.register.promote import rollback as roll_back
 

@@ -61,5 +61,5 @@ def inference(model: nn.Module, config: Any, task: str, evaluate: Evaluate, dtyp
 
 
 def adapter(name: str) -> bool:
-    """Whether a trained weight is one that PEFT added: a whole model is rounded when it is saved."""
+    """Whether a weight is of an adapter; a whole model is rounded when it is saved."""
     return name.startswith("base_model.")
