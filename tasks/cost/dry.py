@@ -123,6 +123,8 @@ def _pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
         # As in training: fused layers learn from a pass without gradients who shares an input.
         with copy.copy(autocast), torch.no_grad():
             loss_sum(model, batch, product)
+        # What stays of that is cached (a mask, where rows are), and there before any pass.
+        floor = ledger.live
         ledger.flops, ledger.history = 0.0, []
         with autocast:
             loss = loss_sum(model, batch, product)
@@ -136,8 +138,8 @@ def _pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
     return Pass(
         forward_flops,
         ledger.flops,
-        float(kept),
-        *(float(max(part, default=kept)) for part in (forward, early, late)),
+        float(kept - floor),
+        *(float(max(part, default=kept) - floor) for part in (forward, early, late)),
     )
 
 

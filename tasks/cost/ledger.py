@@ -19,12 +19,12 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """live: bytes of all tensors made under it that still exist. history: after each operation."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         """known: what is counted elsewhere, weights and buffers."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.flops = 0.0
         self.history: list[int] = []

@@ -57,7 +57,7 @@ def inference(model: nn.Module, config: Any, task: str, evaluate: Evaluate, dtyp
     keys = getattr(config, "num_key_value_heads", None) or heads
     tokens = rows * (evaluate.prompt_tokens + evaluate.max_new_tokens)
     cache = 2 * config.num_hidden_layers * keys * width * tokens * item
-    return (weights + cache + rows * config.vocab_size * 4) / MIB
+    return float(weights + cache + rows * config.vocab_size * 4) / MIB
 
 
 def adapter(name: str) -> bool:
