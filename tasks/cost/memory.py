@@ -55,7 +55,7 @@ def inference(model: nn.Module, config: Any, task: str, evaluate: Evaluate, dtyp
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = getattr(config, "num_key_value_heads", None) or heads
-    tokens = rows * (evaluate.prompt_tokens + evaluate.max_new_tokens)
+    tokens = rows * (max(evaluate.prompt_lengths) + evaluate.max_new_tokens)
     cache = 2 * config.num_hidden_layers * keys * width * tokens * item
     return float(weights + cache + rows * config.vocab_size * 4) / MIB
 
