@@ -52,11 +52,8 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = CANDIDATES[1:2] if arguments.quick else CANDIDATES
     if arguments.methods:
-        chosen = [
-            given
-            for given in chosen
-            if (given["method"] + "-dora" * bool(given.get("dora"))) in arguments.methods.split(",")
-        ]
+        wanted = arguments.methods.split(",")
+        chosen = [given for given in chosen if kind(given) in wanted]
     rows: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in [arguments.only] if arguments.only else list(TASKS):
@@ -72,12 +69,15 @@ def main() -> None:
     write("plan", rows, quick=arguments.quick, notes="error: predicted over measured, less one")
 
 
+def kind(given: dict[str, Any]) -> str:
+    return "dora" if given.get("dora") else str(given["method"])
+
+
 def compared(
     name: str, work: Path, given: dict[str, Any], dtype: str, checkpointing: bool
 ) -> list[Result]:
     """One candidate: predicted, measured, error; or aloud why it was not run."""
-    kind = "dora" if given.get("dora") else given["method"]
-    title = f"{name} {kind} {dtype}" + (" checkpointing" if checkpointing else "")
+    title = f"{name} {kind(given)} {dtype}" + (" checkpointing" if checkpointing else "")
     try:
         CANDIDATE.validate_python(given)
     except ValueError:

@@ -199,7 +199,7 @@ def plan_table(steps: list[Found], later: list[str]) -> Table:
 
 def cost_table(costs: Costs) -> Table:
     """A row for each candidate: what it would train, hold, compute and take."""
-    table = Table(box=None, pad_edge=False, title="Expected", title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 1), title="Expected", title_justify="left")
     table.add_column("candidate", style="cyan", overflow="fold")
     for name in ("trained", "of base", "ships", "training memory", "serving", "FLOP/token", "time"):
         table.add_column(name, justify="right", no_wrap=True)
