@@ -1,6 +1,6 @@
 """`peftflow plan` against what training took: peak memory, every method, dtype and checkpointing.
 
-    python benchmarks/plan.py [--quick] [--only llama]
+    python benchmarks/plan.py [--quick] [--only llama] [--methods lora,ia3]
 
 A Llama of 56 M and a MiniLM-like BERT of 23 M parameters with random weights, random rows. Each
 run is the train stage in a process of its own, four steps of 4,096 tokens; its `train_peak_mib` is
@@ -34,11 +34,11 @@ LONGEST = {"llama": 512, "bert": 128}
 CANDIDATES: list[dict[str, Any]] = [
     {"method": "full"},
     {"method": "lora"},
-    {"method": "lora", "rank": 8, "dora": True},
     {"method": "ia3"},
     {"method": "layer_norm"},
     {"method": "bottleneck"},
     {"method": "bitfit"},
+    {"method": "lora", "rank": 8, "dora": True},
     {"method": "qlora"},
 ]
 CANDIDATE: TypeAdapter[Candidate] = TypeAdapter(Candidate)
@@ -48,13 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="LoRA alone, without checkpointing")
     parser.add_argument("--only", choices=list(TASKS))
+    parser.add_argument("--methods", help="e.g. lora,ia3; default: all")
     arguments = parser.parse_args()
+    chosen = CANDIDATES[1:2] if arguments.quick else CANDIDATES
+    if arguments.methods:
+        wanted = arguments.methods.split(",")
+        chosen = [given for given in chosen if kind(given) in wanted]
     rows: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in [arguments.only] if arguments.only else list(TASKS):
             work = Path(folder, name)
             make(name, work)
-            for given in CANDIDATES[1:2] if arguments.quick else CANDIDATES:
+            for given in chosen:
                 for checkpointing in (False,) if arguments.quick else (False, True):
                     for dtype in ("float32", "bfloat16"):
                         rows += compared(name, work, given, dtype, checkpointing)
@@ -64,12 +69,15 @@ def main() -> None:
     write("plan", rows, quick=arguments.quick, notes="error: predicted over measured, less one")
 
 
+def kind(given: dict[str, Any]) -> str:
+    return "dora" if given.get("dora") else str(given["method"])
+
+
 def compared(
     name: str, work: Path, given: dict[str, Any], dtype: str, checkpointing: bool
 ) -> list[Result]:
     """One candidate: predicted, measured, error; or aloud why it was not run."""
-    kind = "dora" if given.get("dora") else given["method"]
-    title = f"{name} {kind} {dtype}" + (" checkpointing" if checkpointing else "")
+    title = f"{name} {kind(given)} {dtype}" + (" checkpointing" if checkpointing else "")
     try:
         CANDIDATE.validate_python(given)
     except ValueError:

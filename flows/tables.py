@@ -101,14 +101,14 @@ def plan_table(steps: list[Found], later: list[str]) -> Table:
 
 def cost_table(costs: Costs) -> Table:
     """A row for each candidate: what it would train, hold, compute and take."""
-    table = Table(box=None, pad_edge=False, title="Expected", title_justify="left")
-    table.add_column("candidate", style="cyan", overflow="fold")
-    for name in ("trained", "of base", "ships", "training memory", "serving", "FLOP/token", "time"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1), title="Expected", title_justify="left")
+    table.add_column("candidate", style="cyan", overflow="fold", min_width=12)
+    for name in ("trained", "of base", "ships", "training", "serving", "FLOP/token", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("fits", overflow="fold")
+    table.add_column("fits")
     for label, cost in costs.candidates.items():
         flops = cost["forward_flops_per_token"] + cost["backward_flops_per_token"]
-        fit = fits(cost, costs.device_mib)
+        fit = fits(cost, costs.device_mib).partition(":")[0]
         table.add_row(
             label,
             f"{cost['trainable_parameters']:,}",
@@ -130,6 +130,9 @@ def cost_lines(costs: Costs) -> str:
         parts = cost["training_mib"]
         named = ", ".join(f"{name} {size(parts[name])}" for name in parts if name != "total")
         lines.append(f"[dim]{label}: {named}[/]")
+        fit, _, cure = fits(cost, costs.device_mib).partition(": ")
+        if fit == "no":
+            lines.append(f"[red]{label} does not fit[/], try: {cure}")
     rows = "" if costs.prepared else "; rows are not prepared yet: full ones are taken"
     lines.append(f"[dim]device: {costs.device}, {size(costs.device_mib)}{rows}[/]\n")
     return "\n".join(lines)
