@@ -12,11 +12,13 @@ from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
 
 from schemas.errors import UserError
+from schemas.tasks import is_labelled
 from tasks.core.models import head_modules
 
 TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
     "sequence-classification": TaskType.SEQ_CLS,
+    "token-classification": TaskType.TOKEN_CLS,
 }
 
 Family = Literal["none", "additive", "selective", "reparameterisation"]
@@ -49,13 +51,13 @@ class Method:
     paper: str
     family: Family
     merges: bool
-    tasks: tuple[str, ...]
     trained_base: bool
     format: Literal["peft-adapter", "transformers"]
     build: Build
     trainable_parameters: Count
     rate_of: Callable[[Any, str], float] = lambda candidate, name: 1.0
     decays: Callable[[str], bool] = lambda name: True
+    tasks: tuple[str, ...] = tuple(TASK_TYPES)
     tuner: Path | None = None
 
 
@@ -82,13 +84,13 @@ def refused(error: ValueError, place: str) -> UserError:
 
 def task_settings(model: nn.Module, task: str) -> dict[str, Any]:
     """What every PEFT configuration is told of the task: its type, and the head to train."""
-    heads = sorted(head_modules(model)) if task != "causal-lm" else None
+    heads = sorted(head_modules(model)) if is_labelled(task) else None
     return {"task_type": TASK_TYPES[task], "modules_to_save": heads}
 
 
 def head_parameters(model: nn.Module, task: str) -> int:
     """Weights of the head that a task needs anew."""
-    heads = head_modules(model).values() if task != "causal-lm" else ()
+    heads = head_modules(model).values() if is_labelled(task) else ()
     return sum(weight.numel() for head in heads for weight in head.parameters())
 
 
