@@ -21,6 +21,7 @@ import torch
 from transformers import BertConfig, LlamaConfig
 
 from schemas.stages import EvaluateSpec
+from schemas.tasks import TASKS, is_labelled
 from tasks.core import runtime
 from tasks.core.models import MODEL_CLASSES, load_config, load_trained
 from tasks.core.tokens import TokenRows
@@ -29,7 +30,7 @@ from tasks.evaluate.batches import by_length, pad_id_of, right_padded, run_on
 from tasks.evaluate.generate import generate_batch
 from tasks.evaluate.subject import read_subject
 
-CONFIGS = {"causal-lm": LlamaConfig, "sequence-classification": BertConfig}
+CONFIGS = {task: BertConfig if is_labelled(task) else LlamaConfig for task in TASKS}
 
 
 def how(spec: EvaluateSpec) -> str:
