@@ -79,7 +79,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 conversation(row), tokenize=False, add_generation_prompt=True
             )
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if self.serving["labels"] is not None:
+        if self.serving["task"] != "causal-lm":
             return list(self.encode_whole(row)["input_ids"])
         encoded = self.tokenizer(row, return_special_tokens_mask=True)
         ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
