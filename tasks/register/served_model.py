@@ -150,6 +150,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             for span in spans:
                 span["label"] = self.serving["labels"][span["label"]].removeprefix("B-")
                 span["text"] = row[span["start"] : span["end"]]
+                span["score"] = span.pop("score")
             found.append(json.dumps(spans, ensure_ascii=False))
         return found
 
