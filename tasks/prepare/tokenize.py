@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -176,8 +177,12 @@ class Batch:
 
     def marked(self, index: int) -> tuple[str, list[RowSpan]]:
         """The text of a row and its spans."""
-        text, spans = self.frame["text"][index], self.frame["spans"][index]
-        return text, [(span["start"], span["end"], span["label"]) for span in spans]
+        texts, spans = self._columns
+        return texts[index], [(span["start"], span["end"], span["label"]) for span in spans[index]]
+
+    @cached_property
+    def _columns(self) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        return self.frame["text"].to_list(), self.frame["spans"].to_list()
 
     def render(self, kind: Kind, text: TextRules, refused: dict[int, str]) -> list[str]:
         """The texts to encode; rows that cannot be rendered are left out."""
