@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from flows.calls import Calls
+from flows.cost import Costs, costs
 from flows.home import Home
 from flows.hub import offline
 from flows.plan import Found, planned
@@ -29,10 +31,23 @@ def check(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -
     return DataReport.model_validate_json((rows.path / "data_report.json").read_bytes())
 
 
+@dataclass(frozen=True)
+class Planned:
+    """steps: those that can be told now. later: the names of those that follow the selection."""
+
+    steps: list[Found]
+    later: list[str]
+    costs: Costs
+
+
 def plan_recipe(
-    recipe_path: Path, overrides: list[str], home: Home
-) -> tuple[list[Found], list[str]]:
-    """The steps that can be told now, and the names of those that follow the selection."""
+    recipe_path: Path, overrides: list[str], home: Home, device: str | None = None
+) -> Planned:
+    """What each candidate would cost, and the steps. A base given by its shape has no steps."""
     recipe = load_recipe(recipe_path, overrides)
     home.open()
-    return planned(Calls(recipe, recipe_path, home))
+    if recipe.base.shape is not None:
+        return Planned([], [], costs(recipe, None, home, device))
+    calls = Calls(recipe, recipe_path, home)
+    steps, later = planned(calls)
+    return Planned(steps, later, costs(recipe, calls, home, device))

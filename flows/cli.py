@@ -48,6 +48,10 @@ JobsOption = Annotated[
         "Training times are then those of a shared machine; all that measures time runs alone.",
     ),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="SIZE", help="e.g. 24GiB. Default: what is free here."),
+]
 WhyOption = Annotated[str, typer.Option("--why", help="Kept in the ledger.")]
 
 #: A command's own work, which gives its exit code.
@@ -97,14 +101,22 @@ def check(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, home: HomeOption = None) -> None:
-    """What a run would make and what is in the store already."""
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    home: HomeOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """What each candidate would cost, whether it fits, and what is in the store already."""
     from flows.check import plan_recipe
-    from flows.tables import plan_table
+    from flows.tables import cost_lines, cost_table, plan_table
 
     def work(screen: Screen, place: Home) -> int:
-        steps, later = plan_recipe(recipe, set_ or [], place)
-        screen.console.print(plan_table(steps, later))
+        plan = plan_recipe(recipe, set_ or [], place, device)
+        screen.console.print(cost_table(plan.costs))
+        screen.console.print(cost_lines(plan.costs), highlight=False)
+        if plan.steps:
+            screen.console.print(plan_table(plan.steps, plan.later))
         return 0
 
     guarded(work, home)

@@ -64,15 +64,29 @@ def run_stage(
     raise _failure(call, code, last, log)
 
 
+#: Stages under way, of whatever thread.
+RUNNING: set[subprocess.Popen[bytes]] = set()
+
+
+def end_all() -> None:
+    """End the stages of all threads: theirs raise StageErrors soon after. For an interruption,
+    which comes to the main thread alone."""
+    for child in list(RUNNING):
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGTERM)
+
+
 @contextmanager
 def bound(
     command: list[str], environment: dict[str, str], errors: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A child that does not outlive this process, nor this block (`flows/bound.py`)."""
     child = start_bound(command, environment, stdout=subprocess.PIPE, stderr=errors)
+    RUNNING.add(child)
     try:
         yield child
     finally:
+        RUNNING.discard(child)
         if child.poll() is None:
             os.kill(child.pid, signal.SIGTERM)
             child.wait()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import queue
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from typing import TypeVar
 
+from flows.execute import end_all
 from flows.machine import gpus
 from schemas.errors import RetryableError, StageError, UserError
 
@@ -73,7 +75,12 @@ def fan_out(
                     errors[name] = error
                     failed(name, error)
         except BaseException:
+            # What is under way would else be waited for, however long it takes, and what is
+            # between two stages begins another one.
             pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in running.values()):
+                end_all()
+                time.sleep(0.1)
             raise
     if errors and not done:
         raise together(errors)

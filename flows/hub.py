@@ -23,6 +23,12 @@ def base_directory(recipe: Recipe, recipe_path: Path) -> Path:
         UserError: the hub id cannot be had; the message says how to go on without a network.
     """
     model, revision = recipe.base.model, recipe.base.revision
+    if recipe.base.shape is not None:
+        raise UserError.at(
+            f"{recipe_path} base.shape",
+            "a shape has no weights",
+            "give base.model; a shape is for `peftflow plan` alone",
+        )
     if not is_hub_id(model, recipe_path.parent):
         return resolve(model, recipe_path)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

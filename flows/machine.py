@@ -30,7 +30,7 @@ def resolve_dtype(wanted: str, home: Home) -> Dtype:
     if wanted != "auto":
         return DTYPES[wanted]
     memory = Memory(home.cache / "machine.json")
-    key = f"dtype {_fingerprint()}"
+    key = f"dtype {fingerprint()}"
     answer = memory.get(key)
     if answer not in DTYPES:
         environment = home.environment() | {"PYTHONPATH": str(ROOT)}
@@ -61,7 +61,7 @@ def torch_version() -> str:
         raise StageError("torch is not installed") from error
 
 
-def _fingerprint() -> str:
+def fingerprint() -> str:
     """A hash of all that the answer depends on."""
     flags = set()
     cpuinfo = Path("/proc/cpuinfo")

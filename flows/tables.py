@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from flows.cost import Costs, fits
 from flows.criteria import criteria_table
 from flows.doctor import Finding
 from flows.plan import Found
@@ -96,6 +97,72 @@ def plan_table(steps: list[Found], later: list[str]) -> Table:
     for title in later:
         table.add_row(title, "after the selection", "", "")
     return table
+
+
+def cost_table(costs: Costs) -> Table:
+    """A row for each candidate: what it would train, hold, compute and take."""
+    table = Table(box=None, pad_edge=False, title="Expected", title_justify="left")
+    table.add_column("candidate", style="cyan", overflow="fold")
+    for name in ("trained", "of base", "ships", "training memory", "serving", "FLOP/token", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("fits", overflow="fold")
+    for label, cost in costs.candidates.items():
+        flops = cost["forward_flops_per_token"] + cost["backward_flops_per_token"]
+        fit = fits(cost, costs.device_mib)
+        table.add_row(
+            label,
+            f"{cost['trainable_parameters']:,}",
+            f"{cost['trainable_share']:.3%}",
+            size(cost["shipped_mib"]),
+            size(cost["training_mib"]["total"]),
+            size(cost["inference_mib"]),
+            counted(flops),
+            duration(flops, cost["tokens"], costs.rate),
+            f"[{'green' if fit == 'yes' else 'red'}]{fit}[/]",
+        )
+    return table
+
+
+def cost_lines(costs: Costs) -> str:
+    """What training memory is made of, and what the figures rest on."""
+    lines = []
+    for label, cost in costs.candidates.items():
+        parts = cost["training_mib"]
+        named = ", ".join(f"{name} {size(parts[name])}" for name in parts if name != "total")
+        lines.append(f"[dim]{label}: {named}[/]")
+    rows = "" if costs.prepared else "; rows are not prepared yet: full ones are taken"
+    lines.append(f"[dim]device: {costs.device}, {size(costs.device_mib)}{rows}[/]\n")
+    return "\n".join(lines)
+
+
+def size(mib: float) -> str:
+    """A size with three digits or so: 0.31 MiB, 439 MiB, 2.6 TiB."""
+    unit = "MiB"
+    for larger in ("GiB", "TiB"):
+        if mib < 1024:
+            break
+        mib, unit = mib / 1024, larger
+    return f"{mib:.2f} {unit}" if mib < 1 else f"{mib:,.3g} {unit}"
+
+
+def counted(flops: float) -> str:
+    """FLOPs with their unit."""
+    unit = "M"
+    flops /= 1e6
+    for larger in ("G", "T"):
+        if flops < 1000:
+            break
+        flops, unit = flops / 1000, larger
+    return f"{flops:.3g} {unit}"
+
+
+def duration(flops: float, tokens: int | None, rate: float | None) -> str:
+    """The run's time; without rows its speed."""
+    if rate is None:
+        return "–"
+    if tokens is None:
+        return f"{rate / flops:,.2g} tok/s" if rate < flops else f"{rate / flops:,.0f} tok/s"
+    return f"about {seconds(flops * tokens / rate)}"
 
 
 def versions_table(name: str, versions: list[VersionRecord]) -> Table:

@@ -35,7 +35,12 @@ BOUND = re.compile(rf"^\s*(<=|>=|<|>)\s*({NUMBER})\s*$")
 class Base(Frozen):
     """The pretrained model that is adapted."""
 
-    model: str = Field(description="A directory (relative to the recipe file) or a hub id.")
+    model: str = Field("", description="A directory (relative to the recipe file) or a hub id.")
+    shape: dict[str, Any] | None = Field(
+        None,
+        description="For `peftflow plan` alone, in place of model: model_type and the fields of "
+        "its transformers configuration.",
+    )
     revision: str | None = Field(
         None, description="The commit of a hub id: 40 hexadecimal digits. Required for a hub id."
     )
@@ -44,6 +49,12 @@ class Base(Frozen):
         description="Of the frozen weights. auto: bfloat16 where the hardware multiplies it "
         "(AMX, CUDA), float32 elsewhere.",
     )
+
+    @model_validator(mode="after")
+    def _one_base(self) -> Base:
+        if bool(self.model) == (self.shape is not None):
+            raise ValueError("give exactly one of `model` and `shape`")
+        return self
 
 
 class Source(Frozen):

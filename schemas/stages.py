@@ -64,6 +64,24 @@ class InspectSpec(Spec):
     candidates: list[Candidate] = Field(description="Without their train overrides.")
 
 
+class CostSpec(Spec):
+    """paths: base (only its config.json is read), prepared; each absent where there is none.
+
+    The entry: plan.json, what each candidate would cost.
+    """
+
+    STAGE: ClassVar[str] = "cost"
+    VERSION: ClassVar[int] = 1
+
+    task: Task
+    shape: dict[str, Any] | None = Field(description="In place of a base.")
+    candidates: list[Candidate]
+    train: Train
+    evaluate: Evaluate
+    max_length: int = Field(description="Of the rows, where they are not prepared yet.")
+    dtype: Literal["float32", "bfloat16"]
+
+
 class TrainSpec(Spec):
     """paths: prepared, base. The entry: model/ (adapter, whole model, or the examples of
     a prompt), curve.json."""

@@ -96,8 +96,10 @@ class PackedAttention(torch.autograd.Function):
         width = do_THD.shape[2]
         do_ND = do_THD.reshape(-1, width).to(ctx.dtype)
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+        # Asked for once: under gradient checkpointing a second time is an error.
+        saved = ctx.saved_tensors
         for number, grid in enumerate(cells.grids):
-            q_NLD, k_NLD, v_NLD, p_NLL = ctx.saved_tensors[4 * number : 4 * number + 4]
+            q_NLD, k_NLD, v_NLD, p_NLL = saved[4 * number : 4 * number + 4]
             # A query that only fills the grid has no gradient to give to real keys.
             do_NLD = do_ND.index_select(0, grid.queries).mul_(grid.real_N1).view_as(q_NLD)
             for part, grad in zip(

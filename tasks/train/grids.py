@@ -54,7 +54,7 @@ class Grids:
     place_TK: torch.Tensor
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=2)
 def grids(row_ends: torch.Tensor, heads: int, key_heads: int, width: int) -> Grids:
     """Every layer of a forward pass asks for the same ones, by the same tensor.
 

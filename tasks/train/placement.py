@@ -62,14 +62,17 @@ def keep_freed_memory() -> None:
 
 
 def place(model: nn.Module, train: Train, device: torch.device) -> nn.Module:
-    """The model on its device, in training mode, with its fused layers."""
+    """The model on its device, in training mode, with its fused layers.
+
+    device: meta, for shapes alone, is taken for a CPU.
+    """
     model = model.to(device)
     model.train()
     without_base_dropout(model)
     if train.gradient_checkpointing:
         unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
     fuse_lora(model)
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         fuse_norms(model)
         fuse_rotary(model)
     return model

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from flows import fan_out
+from flows.execute import bound
 from flows.fan_out import SLOT, slots
 from schemas.errors import DiskFullError, StageError, UserError
 
@@ -60,6 +66,29 @@ def test_a_full_disk_is_nobodys_own_and_ends_all() -> None:
     works = {"a": lambda: 1, "b": failing(DiskFullError("full"))}
     with pytest.raises(DiskFullError):
         fan_out.fan_out(works, 1, lambda name, error: None)
+
+
+def test_an_end_of_all_ends_the_stages_of_the_others(tmp_path: Path) -> None:
+    """Each of the others would sleep for ten minutes, then for ten more."""
+    started = threading.Barrier(3, timeout=60)
+
+    def sleeping() -> None:
+        for first in (True, False):
+            command = [sys.executable, "-c", "import time; time.sleep(600)"]
+            with bound(command, dict(os.environ), subprocess.DEVNULL) as child:
+                if first:
+                    started.wait()
+                child.wait()
+
+    def full() -> None:
+        started.wait()
+        raise DiskFullError("full")
+
+    began = time.monotonic()
+    with pytest.raises(DiskFullError):
+        # The order of the works: what fails is waited for first.
+        fan_out.fan_out({"c": full, "a": sleeping, "b": sleeping}, 3, lambda name, error: None)
+    assert time.monotonic() - began < 120
 
 
 def test_where_all_fail_every_problem_is_kept() -> None:

@@ -160,6 +160,20 @@ def test_packed_rows_attend_as_they_would_alone(lengths, heads, worth):
         assert torch.allclose(a, b, atol=2e-5)
 
 
+def test_packed_rows_of_several_grids_train_under_gradient_checkpointing():
+    """A checkpoint hands out what was saved once. The gradients are those without it."""
+    rows, gradients = make_rows([5, 300, 9, 700]), []
+    for checkpointing in (False, True):
+        model = llama().train()
+        model.set_attn_implementation(attention.NAME)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with mock.patch.object(grids, "WORTH_A_GRID", 0):
+            packed_hidden(model, rows).square().sum().backward()
+        gradients.append(model.layers[0].self_attn.q_proj.weight.grad)
+    assert torch.equal(*gradients)
+
+
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=40).filter(any))
 def test_grids_hold_every_token_of_every_head_once(lengths):
     """Their shapes too: few of them, and rows no shorter than the grid says."""

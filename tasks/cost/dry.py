@@ -1,0 +1,147 @@
+"""One training step of a candidate on shapes alone: what it keeps, its peak, its FLOPs.
+
+The step is the train stage's own: its fused layers, its attention over packed rows, its loss by
+blocks, its checkpointing, whatever the method has built. Only the numbers are missing.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from schemas.recipe import Train
+from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.cost.blocks import plans, stack_of
+from tasks.cost.ledger import Ledger
+from tasks.cost.rows import Load, load_of
+from tasks.train import placement
+from tasks.train.batching import Batch, collate, collate_packed
+from tasks.train.loss import backbone, loss_sum
+from tasks.train.unpad import unpad
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro-batch there and back. Bytes are without weights and moments.
+
+    kept: held between forward and backward. forward, early, late: peaks of the forward pass and
+    of the two halves of the backward pass, of which the second ends with every gradient.
+    """
+
+    forward_flops: float
+    backward_flops: float
+    kept: float
+    forward: float
+    early: float
+    late: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.forward, self.early, self.late)
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+
+    def times(self, factor: float) -> Pass:
+        return Pass(*(value * factor for value in _values(self)))
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A micro-batch's pass, its real tokens, and what the whole run has to do."""
+
+    cost: Pass
+    tokens: int
+    load: Load
+
+
+def dry_run(
+    model: nn.Module, task: str, train: Train, dtype: Dtype, prepared: Path | None, max_length: int
+) -> DryRun:
+    """Run one step of a model that a method has built on meta. Changes the model.
+
+    prepared: of the prepare stage; None: rows of `max_length` tokens are taken.
+    """
+    placement.place(model, train, META)
+    fast = placement.use_fast_attention(model, CPU, max_length, task)
+    packed = fast and task == "causal-lm"
+    unpadded = fast and not packed and unpad(backbone(model))
+    layout = placement.layout(train, CPU, packed, 0, unpadded)
+    load = load_of(prepared, train, layout, max_length)
+    if packed:
+        batch = collate_packed(load.rows, load.micro_batch)
+    else:
+        batch = collate(load.rows, load.micro_batch, task, 0)
+    without_numbers(model)
+    stack = stack_of(model)
+    if stack is None:
+        return DryRun(_pass(model, batch, dtype), batch.tokens, load)
+    total = Pass(0, 0, 0, 0, 0, 0)
+    for kept, times in plans(stack.runs):
+        with stack.cut(kept):
+            total += _pass(model, batch, dtype).times(times)
+    return DryRun(total, batch.tokens, load)
+
+
+def without_numbers(model: nn.Module) -> None:
+    """Weights on meta become fake ones on a CPU, so that autocast and kernels take them for real;
+    tied ones stay tied."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Both of a pair are kept: an id is free again when its tensor is gone.
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = tensor, _fake(tensor, mode)
+                slots[name] = made[id(tensor)][1]  # type: ignore[assignment]
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    with mode:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
+
+
+def _pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
+    product = TORCH_DTYPES[dtype]
+    ledger = Ledger([*model.parameters(), *model.buffers()])
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with ledger:
+        # As in training: fused layers learn from a pass without gradients who shares an input.
+        with copy.copy(autocast), torch.no_grad():
+            loss_sum(model, batch, product)
+        # What stays of that is cached (a mask, where rows are), and there before any pass.
+        floor = ledger.live
+        ledger.flops, ledger.history = 0.0, []
+        with autocast:
+            loss = loss_sum(model, batch, product)
+        forward_flops, forward, kept = ledger.flops, ledger.history, ledger.live
+        ledger.flops, ledger.history = 0.0, []
+        loss.backward()  # type: ignore[no-untyped-call]
+    half = len(ledger.history) // 2
+    early, late = ledger.history[:half], ledger.history[half:]
+    for weight in model.parameters():
+        weight.grad = None
+    return Pass(
+        forward_flops,
+        ledger.flops,
+        float(kept - floor),
+        *(float(max(part, default=kept) - floor) for part in (forward, early, late)),
+    )
+
+
+def _values(cost: Pass) -> list[Any]:
+    return list(vars(cost).values())

@@ -1,0 +1,72 @@
+"""A ledger of one pass: bytes that live, their peak, and FLOPs, from the operations themselves.
+
+Weights are fake tensors (shapes that say they are on a CPU), so nothing is computed with them,
+while index tensors are real and small, so that all that depends on the rows comes out as it would.
+What training would ask a fake number (is any probability too small?) is answered with no.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """live: bytes of all tensors made under it that still exist. history: after each operation."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        """known: what is counted elsewhere, weights and buffers."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.flops = 0.0
+        self.history: list[int] = []
+        self._seen: dict[int, Any] = {}
+        for tensor in known:
+            storage = tensor.untyped_storage()
+            self._seen[id(storage)] = storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args)
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return False if args[0].dtype == torch.bool else 0
+        out = func(*args, **(kwargs or {}))
+        if (formula := _formula(func)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for value in tree_iter(out):
+            if isinstance(value, torch.Tensor):
+                self._enter(value)
+        self.history.append(self.live)
+        return out
+
+    def _enter(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen:
+            return
+        self.live += size
+
+        def leave(_: Any) -> None:
+            self.live -= size
+            del self._seen[key]
+
+        self._seen[key] = weakref.ref(storage, leave)
+
+
+def _formula(func: Any) -> Any:
+    """torch's own formula; what is done in place costs what it costs out of place."""
+    packet = func.overloadpacket
+    if packet in flop_registry:
+        return flop_registry[packet]
+    name = packet.__name__
+    if name.endswith("_") and not name.endswith("__") and hasattr(aten, name[:-1]):
+        return flop_registry.get(getattr(aten, name[:-1]))
+    return None

@@ -1,0 +1,65 @@
+"""From a dry run to the memory of a process: what training holds, and what serving holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from schemas.recipe import Evaluate
+from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.cost.dry import Pass
+from tasks.methods.method import trained
+
+MIB = 2**20
+#: What a process on a CPU holds beside its tensors, MiB: code that oneDNN compiles for the shapes
+#: of a run, workspaces of the products, modules that loading imports, and holes in the heap.
+#: Measured (docs/plan.md), without and with gradient checkpointing, which runs products in the
+#: backward pass's own threads too.
+REST_MIB = {"float32": (250, 350), "bfloat16": (280, 320)}
+#: AdamW's two moments, and a gradient, in float32.
+MOMENTS, GRADIENT = 8, 4
+
+
+def training(model: nn.Module, cost: Pass, dtype: Dtype, checkpointing: bool) -> dict[str, float]:
+    """The peak, split by what holds it at that moment. MiB."""
+    learned = sum(weight.numel() for weight in trained(model).values())
+    # Every gradient is there once the backward pass ends, and none while it has not begun.
+    gradients = min(GRADIENT * learned, cost.peak) if cost.late >= cost.peak else 0.0
+    parts = {
+        "weights": float(weight_bytes(model)) / MIB,
+        "gradients": gradients / MIB,
+        "optimiser": MOMENTS * learned / MIB,
+        "activations": (cost.peak - gradients) / MIB,
+        "rest": float(REST_MIB[dtype][checkpointing]),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def inference(model: nn.Module, config: Any, task: str, evaluate: Evaluate, dtype: Dtype) -> float:
+    """Weights, keys and values, and the logits of one position, at evaluate's largest batch. MiB.
+
+    A classifier keeps no keys and values. Activations of a layer are left out.
+    """
+    rows, item = max(evaluate.batch_sizes), TORCH_DTYPES[dtype].itemsize
+    weights = sum(
+        weight.numel() * (4 if weight.requires_grad and adapter(name) else item)
+        for name, weight in model.named_parameters()
+    )
+    if task != "causal-lm":
+        return weights / MIB
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    tokens = rows * (max(evaluate.prompt_lengths) + evaluate.max_new_tokens)
+    cache = 2 * config.num_hidden_layers * keys * width * tokens * item
+    return float(weights + cache + rows * config.vocab_size * 4) / MIB
+
+
+def adapter(name: str) -> bool:
+    """Whether a weight is of an adapter; a whole model is rounded when it is saved."""
+    return name.startswith("base_model.")

@@ -1,0 +1,61 @@
+"""The rows that a plan counts with: those that were prepared, or else full ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from schemas.recipe import Train
+from tasks.core.tokens import TokenRows
+from tasks.train.batching import Layout, Plan, Rows, micro_batches
+from tasks.train.schedule import total_steps
+
+TOKENS = Path("tokens") / "train.safetensors"
+#: Steps whose micro-batches are looked at for the largest.
+LOOKED_AT = 64
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run has to do. steps, tokens: None where the rows are not prepared yet."""
+
+    rows: TokenRows
+    micro_batch: Rows
+    steps: int | None
+    tokens: int | None
+
+
+def load_of(prepared: Path | None, train: Train, layout: Layout, max_length: int) -> Load:
+    """The largest micro-batch and, from real rows, the steps."""
+    rows = full_rows(layout.budget, max_length) if prepared is None else _read(prepared)
+    plan = Plan(rows.lengths, train.batch_tokens, train.seed)
+    parts = [
+        part
+        for step in plan.epoch(0)[:LOOKED_AT]
+        for part in micro_batches(step, rows.lengths, layout)
+    ]
+    largest = max(parts, key=lambda part: int(rows.lengths[part].sum()))
+    if prepared is None:
+        return Load(rows, largest, None, None)
+    steps = total_steps(train, plan.steps_per_epoch)
+    mean = len(rows.input_ids) / plan.steps_per_epoch
+    return Load(rows, largest, steps, round(steps * mean))
+
+
+def full_rows(tokens: int, length: int) -> TokenRows:
+    """As many rows of `length` tokens as one forward pass may have, every token learned."""
+    length = min(length, tokens)
+    count = max(1, tokens // length)
+    return TokenRows(
+        input_ids=np.zeros(count * length, dtype=np.int32),
+        offsets=np.arange(count + 1) * length,
+        source_rows=np.arange(count),
+        loss_mask=np.ones(count * length, dtype=np.uint8),
+        labels=np.zeros(count, dtype=np.int64),
+    )
+
+
+def _read(prepared: Path) -> TokenRows:
+    return TokenRows.load(prepared / TOKENS)
