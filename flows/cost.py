@@ -147,8 +147,6 @@ def available_mib() -> float:
 def fits(cost: dict[str, Any], device_mib: float) -> str:
     """yes, or no with what to change first."""
     memory = cost["training_mib"]
-    if memory is None:  # nothing is trained
-        return "yes" if cost["inference_mib"] <= device_mib else "no: smaller base or 4 bits"
     if memory["total"] <= device_mib:
         return "yes"
     held = memory["weights"] + memory["gradients"] + memory["optimiser"] + memory["rest"]

@@ -108,16 +108,16 @@ def cost_table(costs: Costs) -> Table:
     table.add_column("fits")
     for label, cost in costs.candidates.items():
         flops = cost["forward_flops_per_token"] + cost["backward_flops_per_token"]
-        training, fit = cost["training_mib"], fits(cost, costs.device_mib).partition(":")[0]
+        fit = fits(cost, costs.device_mib).partition(":")[0]
         table.add_row(
             label,
             f"{cost['trainable_parameters']:,}",
             f"{cost['trainable_share']:.3%}",
-            "–" if cost["shipped_mib"] is None else size(cost["shipped_mib"]),
-            size(training["total"]) if training else "–",
+            size(cost["shipped_mib"]),
+            size(cost["training_mib"]["total"]),
             size(cost["inference_mib"]),
             counted(flops),
-            duration(flops, cost["tokens"], costs.rate) if training else "–",
+            duration(flops, cost["tokens"], costs.rate),
             f"[{'green' if fit == 'yes' else 'red'}]{fit}[/]",
         )
     return table
@@ -127,7 +127,7 @@ def cost_lines(costs: Costs) -> str:
     """What training memory is made of, and what the figures rest on."""
     lines = []
     for label, cost in costs.candidates.items():
-        parts = cost["training_mib"] or {"serving": cost["inference_mib"]}
+        parts = cost["training_mib"]
         named = ", ".join(f"{name} {size(parts[name])}" for name in parts if name != "total")
         lines.append(f"[dim]{label}: {named}[/]")
         fit, _, cure = fits(cost, costs.device_mib).partition(": ")

@@ -71,7 +71,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 1
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")

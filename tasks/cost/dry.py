@@ -75,7 +75,7 @@ def dry_run(
     packed = fast and task == "causal-lm"
     unpadded = fast and not packed and unpad(backbone(model))
     layout = placement.layout(train, CPU, packed, 0, unpadded)
-    load = load_of(prepared, task, train, layout, max_length)
+    load = load_of(prepared, train, layout, max_length)
     if packed:
         batch = collate_packed(load.rows, load.micro_batch)
     else:
@@ -105,9 +105,6 @@ def without_numbers(model: nn.Module) -> None:
                 if id(tensor) not in made:
                     made[id(tensor)] = tensor, _fake(tensor, mode)
                 slots[name] = made[id(tensor)][1]  # type: ignore[assignment]
-    # Not a weight and no buffer: which virtual tokens a soft prompt has, all of them in order.
-    virtual = getattr(model, "prompt_tokens", {})
-    virtual.update({name: torch.arange(len(ids)) for name, ids in virtual.items()})
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -133,8 +130,7 @@ def _pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
             loss = loss_sum(model, batch, product)
         forward_flops, forward, kept = ledger.flops, ledger.history, ledger.live
         ledger.flops, ledger.history = 0.0, []
-        if loss.requires_grad:  # where nothing learns, there is no way back
-            loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
     half = len(ledger.history) // 2
     early, late = ledger.history[:half], ledger.history[half:]
     for weight in model.parameters():

@@ -7,9 +7,6 @@ from typing import Any
 from torch import nn
 
 from schemas.recipe import Evaluate
-from tasks.core import quantised
-from tasks.core.models import unquantised_modules
-from tasks.core.quantised import Quantisation
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost.dry import Pass
 from tasks.methods.method import trained
@@ -24,15 +21,13 @@ REST_MIB = {"float32": (250, 350), "bfloat16": (280, 320)}
 MOMENTS, GRADIENT = 8, 4
 
 
-def training(
-    model: nn.Module, cost: Pass, dtype: Dtype, checkpointing: bool, saved: float
-) -> dict[str, float]:
-    """The peak, split by what holds it at that moment. MiB. saved: bytes, by quantising."""
+def training(model: nn.Module, cost: Pass, dtype: Dtype, checkpointing: bool) -> dict[str, float]:
+    """The peak, split by what holds it at that moment. MiB."""
     learned = sum(weight.numel() for weight in trained(model).values())
     # Every gradient is there once the backward pass ends, and none while it has not begun.
     gradients = min(GRADIENT * learned, cost.peak) if cost.late >= cost.peak else 0.0
     parts = {
-        "weights": (weight_bytes(model) - saved) / MIB,
+        "weights": float(weight_bytes(model)) / MIB,
         "gradients": gradients / MIB,
         "optimiser": MOMENTS * learned / MIB,
         "activations": (cost.peak - gradients) / MIB,
@@ -43,27 +38,6 @@ def training(
 
 def weight_bytes(model: nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
-
-
-def saved_bytes(model: Any, quantisation: Quantisation | None) -> float:
-    """By how much a base in 4 bits is smaller: the weights of its linear layers but the heads,
-    with a float32 scale for each block, or 8 bits and one for each 256 of these.
-
-    model: as its method built it.
-    """
-    if quantisation is None:
-        return 0.0
-    scale = 8 + 32 / 256 if quantisation.double_quantisation else 32
-    each = (4 + scale / quantised.BLOCK) / 8
-    base = model.get_base_model()
-    heads = tuple(f"{name}." for name in unquantised_modules(base))
-    return sum(
-        layer.weight.numel() * (layer.weight.element_size() - each)
-        for name, layer in base.named_modules()
-        if isinstance(layer, nn.Linear)
-        and not layer.weight.requires_grad
-        and not f"{name}.".startswith(heads)
-    )
 
 
 def inference(model: nn.Module, config: Any, task: str, evaluate: Evaluate, dtype: Dtype) -> float:

@@ -50,33 +50,25 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
 def cost(
     spec: CostSpec, config: Any, candidate: Candidate, prepared: Path | None, total: int
 ) -> dict[str, Any]:
-    """One candidate's figures. Bytes in MiB; FLOPs a real token.
-
-    Of what trains nothing, None for what its training would hold and, since examples are rows
-    that are not chosen yet, for what it ships; a prompt's FLOPs are the base's.
-    """
+    """One candidate's figures. Bytes in MiB; FLOPs a real token."""
     method = method_for(candidate.method, spec.task)
     train = spec.train.for_candidate(candidate.train)
     model = candidate_on_meta(config, spec.task, candidate, spec.dtype)
     learned = sum(weight.numel() for weight in trained(model).values())
     serving = memory.inference(model, config, spec.task, spec.evaluate, spec.dtype)
-    saved = memory.saved_bytes(model, method.quantises(candidate))
     dry = dry_run(model, spec.task, train, spec.dtype, prepared, spec.max_length)
     item = 4 if method.format == "peft-adapter" else TORCH_DTYPES[spec.dtype].itemsize
-    trains, checkpointing = candidate.TRAINS, train.gradient_checkpointing
     return {
         "trainable_parameters": learned,
         "trainable_share": learned / total,
-        "shipped_mib": learned * item / memory.MIB if trains else None,
-        "training_mib": memory.training(model, dry.cost, spec.dtype, checkpointing, saved)
-        if trains
-        else None,
-        "inference_mib": serving - saved / memory.MIB,
+        "shipped_mib": learned * item / memory.MIB,
+        "training_mib": memory.training(model, dry.cost, spec.dtype, train.gradient_checkpointing),
+        "inference_mib": serving,
         "forward_flops_per_token": dry.cost.forward_flops / dry.tokens,
         "backward_flops_per_token": dry.cost.backward_flops / dry.tokens,
-        "steps": dry.load.steps if trains else 0,
-        "tokens": dry.load.tokens if trains else 0,
-        "gradient_checkpointing": checkpointing,
+        "steps": dry.load.steps,
+        "tokens": dry.load.tokens,
+        "gradient_checkpointing": train.gradient_checkpointing,
     }
 
 

@@ -51,13 +51,6 @@ def test_what_does_not_fit_is_told_what_to_change(given, expected):
     assert fits(given, 500) == expected
 
 
-@pytest.mark.parametrize(
-    ("serving", "expected"), [(400, "yes"), (600, "no: smaller base or 4 bits")]
-)
-def test_what_trains_nothing_has_to_be_served_alone(serving, expected):
-    assert fits({"training_mib": None, "inference_mib": serving}, 500) == expected
-
-
 def test_a_shape_cannot_be_run(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = {
