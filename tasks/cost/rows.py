@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,16 @@ def load_of(prepared: Path | None, train: Train, layout: Layout, max_length: int
     return Load(rows, largest, steps, round(steps * mean))
 
 
+def longest_of(prepared: Path | None, max_length: int) -> int:
+    """Tokens of the longest row."""
+    return max_length if prepared is None else int(_read(prepared).lengths.max())
+
+
+def mean_of(prepared: Path | None, max_length: int) -> float:
+    """Tokens of a row on average."""
+    return max_length if prepared is None else float(_read(prepared).lengths.mean())
+
+
 def full_rows(tokens: int, length: int) -> TokenRows:
     """As many rows of `length` tokens as one forward pass may have, every token learned."""
     length = min(length, tokens)
@@ -57,5 +68,6 @@ def full_rows(tokens: int, length: int) -> TokenRows:
     )
 
 
+@lru_cache(maxsize=1)
 def _read(prepared: Path) -> TokenRows:
     return TokenRows.load(prepared / TOKENS)
