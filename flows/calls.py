@@ -27,6 +27,7 @@ from schemas.report import TASK_METRICS, Trial
 from schemas.stages import (
     Call,
     CompareSpec,
+    CostSpec,
     EvaluateSpec,
     InspectSpec,
     MergeSpec,
@@ -139,6 +140,14 @@ class Calls:
             update={"seed": self.recipe.all_seeds[0] if seed is None else seed}
         )
         return replace(self._train(candidate, rows, schedule), seed=seed)
+
+    def cost(self, rows: Made | None) -> Step:
+        """What each candidate would cost. rows: None where they are still to be prepared."""
+        outside = {"base": self._hashes.of_files([self.base / "config.json"])}
+        inputs = {"prepared": rows} if rows else {}
+        return self._step(
+            cost_spec(self.recipe, self.dtype), "report", inputs, self._with_base, outside
+        )
 
     def trial(self, candidate: Candidate, rows: Made, search: Search, rate: float) -> Step:
         """A shorter training at another rate."""
@@ -310,6 +319,45 @@ class Calls:
             outside=outside or {},
         )
         return Step(call, label)
+
+
+def cost_spec(recipe: Recipe, dtype: str) -> CostSpec:
+    """Of a recipe what decides costs: how much is trained at a time, and nothing of how."""
+    train, evaluate = recipe.train, recipe.evaluate
+    candidates = [
+        candidate.model_copy(
+            update={
+                "train": TrainOverrides(
+                    epochs=candidate.train.epochs,
+                    max_steps=candidate.train.max_steps,
+                    batch_tokens=candidate.train.batch_tokens,
+                )
+            }
+        )
+        for candidate in recipe.candidates
+    ]
+    return CostSpec.model_validate(
+        {
+            "task": recipe.task,
+            "shape": recipe.base.shape,
+            "candidates": [candidate.model_dump(mode="json") for candidate in candidates],
+            "train": Train(
+                epochs=train.epochs,
+                max_steps=train.max_steps,
+                batch_tokens=train.batch_tokens,
+                micro_batch_tokens=train.micro_batch_tokens,
+                gradient_checkpointing=train.gradient_checkpointing,
+                seed=recipe.all_seeds[0],
+            ),
+            "evaluate": Evaluate(
+                max_new_tokens=evaluate.max_new_tokens,
+                batch_sizes=evaluate.batch_sizes,
+                prompt_tokens=evaluate.prompt_tokens,
+            ),
+            "max_length": recipe.data.max_length,
+            "dtype": dtype,
+        }
+    )
 
 
 def check_base(base: Path) -> None:

@@ -9,18 +9,19 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from flows.calls import Calls, Step
+from flows.calls import Calls, cost_spec
 from flows.execute import ROOT, run_stage
 from flows.home import Home
 from flows.machine import fingerprint, resolve_dtype
 from flows.remember import Memory
+from flows.search import listed_rates, wants_search
+from schemas.cost import Cost, CostReport
 from schemas.errors import StageError, UserError
 from schemas.recipe import Recipe
-from schemas.stages import Call, CostSpec
+from schemas.stages import Call
 from tasks.core.files import sha256_json
-from tasks.core.store import Entry, Store
+from tasks.core.store import Store
 
 SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|TiB)\s*$", re.IGNORECASE)
 UNITS = {"mib": 1.0, "gib": 1024.0, "tib": 1024.0**2}
@@ -31,14 +32,17 @@ EFFICIENCY = {"float32": 0.6, "bfloat16": 0.2}
 
 @dataclass(frozen=True)
 class Costs:
-    """candidates: as `tasks/cost/stage.py` writes them. device_mib: what there is to fit into.
-    rate: FLOP/s that training may reach here; None where that is not known."""
+    """candidates: by label. device_mib: what there is to fit into. rate: FLOP/s that training may
+    reach here; None where that is not known. trainings, flops: of all seeds and trials; None where
+    rows are not prepared."""
 
-    candidates: dict[str, dict[str, Any]]
+    candidates: dict[str, Cost]
     device_mib: float
     device: str
     rate: float | None
     prepared: bool
+    trainings: int
+    flops: float | None
 
 
 def costs(recipe: Recipe, calls: Calls | None, home: Home, device: str | None) -> Costs:
@@ -50,54 +54,61 @@ def costs(recipe: Recipe, calls: Calls | None, home: Home, device: str | None) -
         UserError: a device that is no size, or a candidate that cannot be built.
     """
     size = size_mib(device) if device else available_mib()
-    dtype = calls.dtype if calls else resolve_dtype(recipe.base.dtype, home)
-    step = cost_step(recipe, calls, home, dtype)
     store = Store(home.store)
-    entry = store.find(step.call) or run_stage(step.call, home, lambda event: None)
-    record = json.loads((entry.path / "plan.json").read_text())
+    if calls is None:
+        dtype = resolve_dtype(recipe.base.dtype, home)
+        call = shape_call(recipe, dtype)
+    else:
+        dtype = calls.dtype
+        call = calls.cost(store.find(calls.prepare().call)).call
+    entry = store.find(call) or run_stage(call, home, lambda event: None)
+    found = CostReport.model_validate_json((entry.path / "plan.json").read_bytes()).candidates
     speed = rates(home).get(dtype)
+    trainings, flops = in_all(recipe, found)
     return Costs(
-        record["candidates"],
+        found,
         size,
         device or "this machine now",
         None if speed is None else speed * EFFICIENCY[dtype],
-        "prepared" in step.call.inputs,
+        "prepared" in call.inputs,
+        trainings,
+        flops,
     )
 
 
-def cost_step(recipe: Recipe, calls: Calls | None, home: Home, dtype: str) -> Step:
-    """The call that makes the costs. It reads rows only where they are prepared already."""
-    spec = CostSpec.model_validate(
-        {
-            "task": recipe.task,
-            "shape": recipe.base.shape,
-            "candidates": [c.model_dump(mode="json") for c in recipe.candidates],
-            "train": recipe.train,
-            "evaluate": recipe.evaluate,
-            "max_length": recipe.data.max_length,
-            "dtype": dtype,
-        }
-    )
-    paths: dict[str, str] = {}
-    inputs: dict[str, str] = {}
-    outside: dict[str, str] = {}
-    if calls is not None:
-        inspected = calls.inspect().call
-        paths, outside = dict(inspected.paths), dict(inspected.outside)
-        rows: Entry | None = Store(home.store).find(calls.prepare().call)
-        if rows is not None:
-            paths["prepared"], inputs["prepared"] = str(rows.path), rows.key
-    call = Call(
+def shape_call(recipe: Recipe, dtype: str) -> Call:
+    """The call that makes the costs of a base that is a shape alone."""
+    spec = cost_spec(recipe, dtype)
+    return Call(
         stage=spec.STAGE,
         stage_version=spec.VERSION,
         format="report",
         spec=spec.model_dump(mode="json"),
         unkeyed=spec.UNKEYED,
-        paths=paths,
-        inputs=inputs,
-        outside=outside,
+        paths={},
     )
-    return Step(call)
+
+
+def in_all(recipe: Recipe, found: dict[str, Cost]) -> tuple[int, float | None]:
+    """How often a run trains, and the FLOPs of that: every seed, and the trials of a search.
+
+    A trial is a share of the training, and where its length goes by epochs, on fewer rows.
+    """
+    trainings, flops = 0, 0.0
+    known = True
+    for candidate in recipe.candidates:
+        if not candidate.TRAINS:
+            continue
+        own, whole = found[candidate.label].flops, len(recipe.all_seeds)
+        trainings, share = trainings + whole, float(whole)
+        if (search := recipe.search) is not None and wants_search(candidate, search):
+            trials = len(listed_rates(search)) or search.trials
+            by_steps = (candidate.train.max_steps or recipe.train.max_steps) is not None
+            trainings += trials
+            share += trials * search.share * (1.0 if by_steps else 1 - search.holdout)
+        known = known and own is not None
+        flops += share * (own or 0.0)
+    return trainings, flops if known else None
 
 
 def rates(home: Home) -> dict[str, float]:
@@ -144,15 +155,17 @@ def available_mib() -> float:
     return free
 
 
-def fits(cost: dict[str, Any], device_mib: float) -> str:
+def fits(cost: Cost, device_mib: float) -> str:
     """yes, or no with what to change first."""
-    memory = cost["training_mib"]
+    memory = cost.training_mib
+    if memory is None:
+        return "yes" if cost.inference_mib <= device_mib else "no: smaller base"
     if memory["total"] <= device_mib:
         return "yes"
     held = memory["weights"] + memory["gradients"] + memory["optimiser"] + memory["rest"]
     if held > device_mib:
         learned = memory["gradients"] + memory["optimiser"]
         return "no: train less" if learned > memory["weights"] else "no: smaller base or 4 bits"
-    if not cost["gradient_checkpointing"]:
+    if not cost.gradient_checkpointing:
         return "no: gradient_checkpointing"
     return "no: less micro_batch_tokens"

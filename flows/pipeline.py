@@ -128,6 +128,11 @@ class Working:
         get_run_logger().warning("%s failed and is left out: %s", name, error)
         self._tracker.failed(name, str(error))
 
+    def warn(self, words: str) -> None:
+        """Said in the log, and kept in the record."""
+        get_run_logger().warning("%s", words)
+        self._record.warnings.append(words)
+
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         if not (self._calls.recipe.register_.promote and verdict.passed):
             return False

@@ -57,6 +57,9 @@ class Looking:
     def each(self, works: Mapping[str, Callable[[], T]], *, alone: bool = False) -> dict[str, T]:
         return {label: work() for label, work in works.items()}
 
+    def warn(self, words: str) -> None:
+        """What is missing is looked for again where it is needed."""
+
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         if not (self._asked and verdict.passed):
             return False
@@ -90,6 +93,9 @@ class Listing:
             with suppress(StageError):
                 known[label] = work()
         return known
+
+    def warn(self, words: str) -> None:
+        """A plan says what its steps are, and no more."""
 
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         return False

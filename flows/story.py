@@ -18,7 +18,7 @@ from flows.calls import Calls, Made, NotYetError, Step
 from flows.search import Searched, search_rate, wants_search
 from flows.select import Choice, choose
 from schemas.candidates import Candidate
-from schemas.errors import StageError
+from schemas.errors import StageError, UserError
 from schemas.report import Comparison, CriteriaReport, GateVerdict, Registration
 from tasks.register.gate import judge
 
@@ -43,6 +43,9 @@ class Hands(Protocol):
 
         alone: one after the other, since they measure time.
         """
+
+    def warn(self, words: str) -> None:
+        """Say aloud what the run goes on without."""
 
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         """Give the version `champion` if the recipe asks for it; whether it has had it."""
@@ -83,6 +86,7 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     recipe = calls.recipe
     hands.make(calls.inspect())
     rows = hands.make(calls.prepare())
+    told = expected(calls, hands, rows)
 
     candidates, searched = with_rates(calls, hands)
     tuned = tune(calls, hands, candidates, rows)
@@ -120,7 +124,7 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     curves = {f"train:{label}": trained[label] for label in measured}
     pages = {f"evaluate:{label}": entry for label, entry in measured.items()}
     pages = {"evaluate:base": base, **pages, "evaluate:finished": evaluated}
-    inputs = {"prepared": rows, **curves, **pages, "comparison": compared}
+    inputs = {"prepared": rows, **curves, **pages, "comparison": compared, **told}
     page = hands.make(calls.page(inputs, choice.label, choice.why, hands.failed, trials))
     registered = hands.make(calls.register(rows, finished, evaluated, page))
     registration = read(Registration, registered.path / "registration.json")
@@ -139,6 +143,20 @@ def story(calls: Calls, hands: Hands) -> Outcome:
         verdict,
         hands.promote(registration, verdict),
     )
+
+
+def expected(calls: Calls, hands: Hands, rows: Made) -> dict[str, Made]:
+    """What the candidates should cost, for the page to hold what they did cost against.
+
+    Nothing where none is trained, or where it cannot be told: that ends no run.
+    """
+    if not any(candidate.TRAINS for candidate in calls.recipe.candidates):
+        return {}
+    try:
+        return {"cost": hands.make(calls.cost(rows))}
+    except (StageError, UserError) as error:
+        hands.warn(f"what the candidates should cost is not known: {error}")
+        return {}
 
 
 def with_rates(calls: Calls, hands: Hands) -> tuple[dict[str, Candidate], dict[str, Searched]]:

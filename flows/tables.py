@@ -12,6 +12,7 @@ from flows.doctor import Finding
 from flows.plan import Found
 from flows.records import RunRecord
 from flows.screen import seconds
+from schemas.cost import Cost
 from schemas.report import GateVerdict
 from tasks.register.registry import VersionRecord
 
@@ -107,35 +108,51 @@ def cost_table(costs: Costs) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits")
     for label, cost in costs.candidates.items():
-        flops = cost["forward_flops_per_token"] + cost["backward_flops_per_token"]
         fit = fits(cost, costs.device_mib).partition(":")[0]
         table.add_row(
             label,
-            f"{cost['trainable_parameters']:,}",
-            f"{cost['trainable_share']:.3%}",
-            size(cost["shipped_mib"]),
-            size(cost["training_mib"]["total"]),
-            size(cost["inference_mib"]),
-            counted(flops),
-            duration(flops, cost["tokens"], costs.rate),
+            *trained_cells(cost),
+            size(cost.inference_mib),
+            counted(cost.flops_per_token) if cost.trains else "–",
+            duration(cost, costs.rate) if cost.trains else "–",
             f"[{'green' if fit == 'yes' else 'red'}]{fit}[/]",
         )
     return table
 
 
+def trained_cells(cost: Cost) -> list[str]:
+    """Weights, their share of the base, what ships, and the peak of training."""
+    if cost.training_mib is None or cost.shipped_mib is None:
+        return ["–"] * 4
+    return [
+        f"{cost.trainable_parameters:,}",
+        f"{cost.trainable_share:.3%}",
+        size(cost.shipped_mib),
+        size(cost.training_mib["total"]),
+    ]
+
+
 def cost_lines(costs: Costs) -> str:
-    """What training memory is made of, and what the figures rest on."""
-    lines = []
+    """What all trainings take, what training memory is made of, and what the figures rest on."""
+    lines = [in_all_line(costs)] if costs.trainings else []
     for label, cost in costs.candidates.items():
-        parts = cost["training_mib"]
+        parts = {name: mib for name, mib in (cost.training_mib or {}).items() if mib}
         named = ", ".join(f"{name} {size(parts[name])}" for name in parts if name != "total")
-        lines.append(f"[dim]{label}: {named}[/]")
+        lines.append(f"[dim]{label}: {named or 'trains nothing'}[/]")
         fit, _, cure = fits(cost, costs.device_mib).partition(": ")
         if fit == "no":
             lines.append(f"[red]{label} does not fit[/], try: {cure}")
     rows = "" if costs.prepared else "; rows are not prepared yet: full ones are taken"
     lines.append(f"[dim]device: {costs.device}, {size(costs.device_mib)}{rows}[/]\n")
     return "\n".join(lines)
+
+
+def in_all_line(costs: Costs) -> str:
+    """All seeds and the trials of a search."""
+    words = f"in all: {costs.trainings} training{'s' if costs.trainings > 1 else ''}"
+    if costs.flops is not None and costs.rate is not None:
+        words += f", about {seconds(costs.flops / costs.rate)}"
+    return words
 
 
 def size(mib: float) -> str:
@@ -159,13 +176,14 @@ def counted(flops: float) -> str:
     return f"{flops:.3g} {unit}"
 
 
-def duration(flops: float, tokens: int | None, rate: float | None) -> str:
-    """The run's time; without rows its speed."""
+def duration(cost: Cost, rate: float | None) -> str:
+    """One training's time; without rows its speed."""
     if rate is None:
         return "–"
-    if tokens is None:
-        return f"{rate / flops:,.2g} tok/s" if rate < flops else f"{rate / flops:,.0f} tok/s"
-    return f"about {seconds(flops * tokens / rate)}"
+    if cost.flops is None:
+        speed = rate / cost.flops_per_token
+        return f"{speed:,.2g} tok/s" if speed < 1 else f"{speed:,.0f} tok/s"
+    return f"about {seconds(cost.flops / rate)}"
 
 
 def versions_table(name: str, versions: list[VersionRecord]) -> Table:

@@ -67,11 +67,13 @@ class InspectSpec(Spec):
 class CostSpec(Spec):
     """paths: base (only its config.json is read), prepared; each absent where there is none.
 
-    The entry: plan.json, what each candidate would cost.
+    Of the schedule and of evaluation only what costs anything is told: no learning rate.
+
+    The entry: plan.json (`schemas.cost.CostReport`), what each candidate would cost.
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
@@ -162,8 +164,8 @@ class RegisterSpec(Spec):
 
 
 class PageSpec(Spec):
-    """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished, and
-    comparison.
+    """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished,
+    comparison, and cost where it was told.
 
     The entry: report.html, one file that reads offline.
     """

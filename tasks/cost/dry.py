@@ -7,7 +7,9 @@ blocks, its checkpointing, whatever the method has built. Only the numbers are m
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from schemas.recipe import Train
 from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.cost import four_bits
 from tasks.cost.blocks import plans, stack_of
 from tasks.cost.ledger import Ledger
-from tasks.cost.rows import Load, load_of
+from tasks.cost.rows import Load, load_of, longest_of
+from tasks.methods import soft
+from tasks.methods.course import Course
+from tasks.methods.method import trained
 from tasks.train import placement
 from tasks.train.batching import Batch, collate, collate_packed
 from tasks.train.loss import backbone, loss_sum
@@ -56,39 +62,92 @@ class Pass:
 
 @dataclass(frozen=True)
 class DryRun:
-    """A micro-batch's pass, its real tokens, and what the whole run has to do."""
+    """A micro-batch's pass, its real tokens, and what the whole run has to do.
+
+    step_flops: once a step, beside its micro-batches. kept: bytes that the method keeps all along
+    beside weights and optimiser.
+    """
 
     cost: Pass
     tokens: int
     load: Load
+    step_flops: float = 0.0
+    kept: int = 0
+
+
+#: Makes a method's course from the steps of the run.
+MakeCourse = Callable[[int], Course]
+#: Steps where the rows are not known yet.
+MANY_STEPS = 1000
 
 
 def dry_run(
-    model: nn.Module, task: str, train: Train, dtype: Dtype, prepared: Path | None, max_length: int
+    model: nn.Module,
+    task: str,
+    train: Train,
+    dtype: Dtype,
+    prepared: Path | None,
+    max_length: int,
+    course_of: MakeCourse,
 ) -> DryRun:
     """Run one step of a model that a method has built on meta. Changes the model.
 
     prepared: of the prepare stage; None: rows of `max_length` tokens are taken.
+
+    Raises:
+        UserError: what training would refuse: rows without room behind virtual tokens,
+            checkpointing that would lose these, too few steps for a method.
     """
     placement.place(model, train, META)
-    fast = placement.use_fast_attention(model, CPU, max_length, task)
+    longest = longest_of(prepared, max_length)
+    soft.check_room(model, longest)
+    fast = placement.use_fast_attention(model, CPU, longest, task)
     packed = fast and task == "causal-lm"
-    unpadded = fast and not packed and unpad(backbone(model))
-    layout = placement.layout(train, CPU, packed, 0, unpadded)
-    load = load_of(prepared, train, layout, max_length)
+    if train.gradient_checkpointing and not packed:
+        soft.check_checkpointing(model)
+    whole = packed or soft.is_cache(model)
+    unpadded = fast and not whole and unpad(backbone(model))
+    virtual = 0 if soft.is_cache(model) else soft.virtual_tokens(model)
+    layout = placement.layout(train, CPU, packed, 0, unpadded, virtual)
+    load = load_of(prepared, task, train, layout, max_length)
     if packed:
         batch = collate_packed(load.rows, load.micro_batch)
     else:
         batch = collate(load.rows, load.micro_batch, task, 0)
     without_numbers(model)
+    cost = whole_pass(model, batch, dtype)
+    course = course_of(load.steps or MANY_STEPS)
+    step_flops, late = _penalty(model, course)
+    cost = replace(cost, late=max(cost.late, late))
+    return DryRun(cost, batch.tokens, load, step_flops, course.kept())
+
+
+def whole_pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
+    """A pass through all blocks, from those of a few."""
     stack = stack_of(model)
     if stack is None:
-        return DryRun(_pass(model, batch, dtype), batch.tokens, load)
+        return _pass(model, batch, dtype)
     total = Pass(0, 0, 0, 0, 0, 0)
     for kept, times in plans(stack.runs):
         with stack.cut(kept):
             total += _pass(model, batch, dtype).times(times)
-    return DryRun(total, batch.tokens, load)
+    return total
+
+
+def _penalty(model: nn.Module, course: Course) -> tuple[float, float]:
+    """FLOPs of what a method adds to a step's loss, and the peak while it does, with every
+    gradient of the step there. Bytes."""
+    ledger = Ledger([*model.parameters(), *model.buffers()])
+    with ledger:
+        for weight in trained(model).values():
+            weight.grad = torch.zeros_like(weight)
+        penalty = course.penalty()
+        if penalty is not None:
+            penalty.backward()  # type: ignore[no-untyped-call]
+    peak = max(ledger.history, default=0)
+    for weight in model.parameters():
+        weight.grad = None
+    return ledger.flops, 0.0 if penalty is None else float(peak)
 
 
 def without_numbers(model: nn.Module) -> None:
@@ -103,11 +162,19 @@ def without_numbers(model: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    made[id(tensor)] = tensor, _fake(tensor, mode)
+                    fake = four_bits.with_scales(_fake(mode, tensor), tensor, partial(_fake, mode))
+                    made[id(tensor)] = tensor, fake
                 slots[name] = made[id(tensor)][1]  # type: ignore[assignment]
+        if isinstance(module, nn.RNNBase):  # it holds its weights in a list too
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    if soft.virtual_tokens(model):
+        peft: Any = model
+        peft.prompt_tokens = {
+            name: torch.arange(len(ids)) for name, ids in peft.prompt_tokens.items()
+        }
 
 
-def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     with mode:
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU)
         if isinstance(tensor, nn.Parameter):

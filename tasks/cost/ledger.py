@@ -7,6 +7,7 @@ What training would ask a fake number (is any probability too small?) is answere
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from tasks.core.quantised import BLOCK
 
 aten = torch.ops.aten
 
@@ -38,13 +41,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args)
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return False if args[0].dtype == torch.bool else 0
+        before = self.live
         out = func(*args, **(kwargs or {}))
         if (formula := _formula(func)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self._enter(value)
-        self.history.append(self.live)
+        # Both at once, as what is made on the way goes when the result is there.
+        self.history.append(max(before, self.live) + _on_the_way(func, args))
         return out
 
     def _enter(self, tensor: torch.Tensor) -> None:
@@ -64,9 +69,32 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _formula(func: Any) -> Any:
     """torch's own formula; what is done in place costs what it costs out of place."""
     packet = func.overloadpacket
+    if _is_four_bits(func):
+        return _four_bit_flops
     if packet in flop_registry:
         return flop_registry[packet]
     name = packet.__name__
     if name.endswith("_") and not name.endswith("__") and hasattr(aten, name[:-1]):
         return flop_registry.get(getattr(aten, name[:-1]))
     return None
+
+
+def _is_four_bits(func: Any) -> bool:
+    """Whether it is bitsandbytes' product of x_TI and packed weights of shape [O, I]."""
+    name: str = func.name()
+    return name == "bitsandbytes::gemm_4bit"
+
+
+def _four_bit_flops(x: torch.Tensor, packed: Any, shape: Any, *rest: Any, **named: Any) -> int:
+    return 2 * x.numel() * int(shape[0])
+
+
+def _on_the_way(func: Any, args: Any) -> int:
+    """Bytes that an operation holds inside: of packed weights all of them as they are computed
+    with, and their scales in float32."""
+    if not _is_four_bits(func):
+        return 0
+    x: torch.Tensor = args[0]
+    shape: list[int] = list(args[2])
+    weights: int = math.prod(shape)
+    return weights * x.element_size() + 4 * (weights // BLOCK)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from schemas.recipe import Evaluate
 from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.cost import four_bits
 from tasks.cost.dry import Pass
 from tasks.methods.method import trained
 
@@ -21,45 +24,60 @@ REST_MIB = {"float32": (250, 350), "bfloat16": (280, 320)}
 MOMENTS, GRADIENT = 8, 4
 
 
-def training(model: nn.Module, cost: Pass, dtype: Dtype, checkpointing: bool) -> dict[str, float]:
-    """The peak, split by what holds it at that moment. MiB."""
+def training(
+    model: nn.Module, cost: Pass, kept: int, dtype: Dtype, checkpointing: bool
+) -> dict[str, float]:
+    """The peak, split by what holds it at that moment. MiB.
+
+    kept: bytes that the method itself keeps through the run.
+    """
     learned = sum(weight.numel() for weight in trained(model).values())
     # Every gradient is there once the backward pass ends, and none while it has not begun.
     gradients = min(GRADIENT * learned, cost.peak) if cost.late >= cost.peak else 0.0
     parts = {
-        "weights": float(weight_bytes(model)) / MIB,
+        "weights": weight_bytes(model.parameters()) / MIB,
         "gradients": gradients / MIB,
         "optimiser": MOMENTS * learned / MIB,
+        "method": kept / MIB,
         "activations": (cost.peak - gradients) / MIB,
         "rest": float(REST_MIB[dtype][checkpointing]),
     }
     return {**parts, "total": sum(parts.values())}
 
 
-def weight_bytes(model: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+def weight_bytes(weights: Iterable[torch.Tensor]) -> int:
+    """Of weights and, where they are packed, of their scales."""
+    return sum(
+        part.numel() * part.element_size()
+        for weight in weights
+        for part in (weight, *four_bits.scales(weight))
+    )
 
 
-def inference(model: nn.Module, config: Any, task: str, evaluate: Evaluate, dtype: Dtype) -> float:
-    """Weights, keys and values, and the logits of one position, at evaluate's largest batch. MiB.
+def inference(
+    model: nn.Module,
+    config: Any,
+    task: str,
+    evaluate: Evaluate,
+    dtype: Dtype,
+    shipped: float,
+    before: float = 0.0,
+) -> float:
+    """The base and what is shipped, and at evaluate's largest batch keys and values and the logits
+    of one position. MiB.
 
     A classifier keeps no keys and values. Activations of a layer are left out.
+
+    shipped: bytes. before: tokens in front of each prompt.
     """
-    rows, item = max(evaluate.batch_sizes), TORCH_DTYPES[dtype].itemsize
-    weights = sum(
-        weight.numel() * (4 if weight.requires_grad and adapter(name) else item)
-        for name, weight in model.named_parameters()
-    )
+    frozen = (weight for weight in model.parameters() if not weight.requires_grad)
+    held = weight_bytes(frozen) + shipped
     if task != "causal-lm":
-        return weights / MIB
+        return held / MIB
+    rows, item = max(evaluate.batch_sizes), TORCH_DTYPES[dtype].itemsize
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = getattr(config, "num_key_value_heads", None) or heads
-    tokens = rows * (max(evaluate.prompt_lengths) + evaluate.max_new_tokens)
+    tokens = rows * (before + max(evaluate.prompt_lengths) + evaluate.max_new_tokens)
     cache = 2 * config.num_hidden_layers * keys * width * tokens * item
-    return float(weights + cache + rows * config.vocab_size * 4) / MIB
-
-
-def adapter(name: str) -> bool:
-    """Whether a weight is of an adapter; a whole model is rounded when it is saved."""
-    return name.startswith("base_model.")
+    return float(held + cache + rows * config.vocab_size * 4) / MIB

@@ -11,8 +11,10 @@ from transformers import AutoConfig
 
 from schemas.candidates import Candidate
 from schemas.errors import UserError
-from tasks.core.models import MODEL_CLASSES, load_config
+from tasks.core.models import MODEL_CLASSES, load_config, unquantised_modules
+from tasks.core.quantised import check_widths
 from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.cost import four_bits
 from tasks.methods.table import method_for
 
 PLACE = "base.shape"
@@ -61,5 +63,10 @@ def candidate_on_meta(config: Any, task: str, candidate: Candidate, dtype: Dtype
     """What a candidate trains: the base as its method builds it, in the dtypes of training."""
     method = method_for(candidate.method, task)
     base = base_on_meta(config, task, "float32" if method.trained_base else dtype)
+    quantisation = method.quantises(candidate)
+    if quantisation is not None:
+        place = f"candidates[method={candidate.method}]"
+        check_widths(base, unquantised_modules(base), place)
+        four_bits.quantise(base, quantisation, place)
     with torch.device("meta"):
         return method.build(base, candidate, task)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from schemas.candidates import Candidate
+from schemas.candidates import Candidate, FewShot
+from schemas.cost import Cost, CostReport
 from schemas.errors import Problem, UserError
 from schemas.stages import CostSpec
 from tasks.core.models import read_labels
 from tasks.core.runtime import TORCH_DTYPES
+from tasks.core.shots import room_of
 from tasks.cost import memory
 from tasks.cost.dry import dry_run
+from tasks.cost.rows import mean_of
 from tasks.cost.shapes import base_on_meta, candidate_on_meta, config_of
+from tasks.methods import soft
 from tasks.methods.method import count_parameters, trained
 from tasks.methods.table import method_for
 
@@ -32,44 +37,80 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
     labels = read_labels(prepared) if prepared else None
     config = config_of(paths.get("base"), spec.shape, len(labels) if labels else None)
     torch.set_num_threads(1)
-    total = count_parameters(base_on_meta(config, spec.task, spec.dtype))
+    base = base_on_meta(config, spec.task, spec.dtype)
     problems: list[Problem] = []
-    found: dict[str, Any] = {}
+    found: dict[str, Cost] = {}
     for index, candidate in enumerate(spec.candidates):
         try:
-            found[candidate.label] = cost(spec, config, candidate, prepared, total)
+            found[candidate.label] = cost(spec, config, candidate, prepared, base)
         except UserError as error:
             problems += [placed(problem, index) for problem in error.problems]
     if problems:
         raise UserError(problems)
-    record = {"total_parameters": total, "candidates": found}
-    (out_dir / FILE).write_text(json.dumps(record, indent=1))
-    return record
+    record = CostReport(total_parameters=count_parameters(base), candidates=found)
+    (out_dir / FILE).write_text(record.model_dump_json(indent=1))
+    return record.model_dump(mode="json")
 
 
 def cost(
-    spec: CostSpec, config: Any, candidate: Candidate, prepared: Path | None, total: int
-) -> dict[str, Any]:
-    """One candidate's figures. Bytes in MiB; FLOPs a real token."""
+    spec: CostSpec, config: Any, candidate: Candidate, prepared: Path | None, base: nn.Module
+) -> Cost:
+    """One candidate's figures. base: untouched."""
     method = method_for(candidate.method, spec.task)
-    train = spec.train.for_candidate(candidate.train)
     model = candidate_on_meta(config, spec.task, candidate, spec.dtype)
+    serving = partial(memory.inference, model, config, spec.task, spec.evaluate, spec.dtype)
+    if method.format == "prompt":
+        before = examples_tokens(candidate, config, spec, prepared)
+        return Cost(
+            trainable_parameters=0,
+            trainable_share=0.0,
+            shipped_mib=None,
+            inference_mib=serving(0, before),
+        )
     learned = sum(weight.numel() for weight in trained(model).values())
-    serving = memory.inference(model, config, spec.task, spec.evaluate, spec.dtype)
-    dry = dry_run(model, spec.task, train, spec.dtype, prepared, spec.max_length)
-    item = 4 if method.format == "peft-adapter" else TORCH_DTYPES[spec.dtype].itemsize
-    return {
-        "trainable_parameters": learned,
-        "trainable_share": learned / total,
-        "shipped_mib": learned * item / memory.MIB,
-        "training_mib": memory.training(model, dry.cost, spec.dtype, train.gradient_checkpointing),
-        "inference_mib": serving,
-        "forward_flops_per_token": dry.cost.forward_flops / dry.tokens,
-        "backward_flops_per_token": dry.cost.backward_flops / dry.tokens,
-        "steps": dry.load.steps,
-        "tokens": dry.load.tokens,
-        "gradient_checkpointing": train.gradient_checkpointing,
-    }
+    shipped = (method.ships or method.trainable_parameters)(base, candidate, spec.task)
+    in_float32 = method.format == "peft-adapter" and not method.replaces
+    shipped *= 4 if in_float32 else TORCH_DTYPES[spec.dtype].itemsize
+    inference_mib = serving(shipped, soft.virtual_tokens(model))
+    train = spec.train.for_candidate(candidate.train)
+    dry = dry_run(
+        model,
+        spec.task,
+        train,
+        spec.dtype,
+        prepared,
+        spec.max_length,
+        partial(method.course, model, candidate),
+    )
+    return Cost(
+        trainable_parameters=learned,
+        trainable_share=learned / count_parameters(base),
+        shipped_mib=shipped / memory.MIB,
+        training_mib=memory.training(
+            model, dry.cost, dry.kept, spec.dtype, train.gradient_checkpointing
+        ),
+        inference_mib=inference_mib,
+        forward_flops_per_token=dry.cost.forward_flops / dry.tokens,
+        backward_flops_per_token=dry.cost.backward_flops / dry.tokens,
+        step_flops=dry.step_flops,
+        steps=dry.load.steps,
+        tokens=dry.load.tokens,
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
+
+
+def examples_tokens(
+    candidate: Candidate, config: Any, spec: CostSpec, prepared: Path | None
+) -> float:
+    """Tokens of the examples in front of a prompt: rows of the mean length, as many as there is
+    room for."""
+    if not isinstance(candidate, FewShot):
+        return 0.0
+    wanted = candidate.examples * mean_of(prepared, spec.max_length)
+    room = room_of(config, spec.evaluate.max_new_tokens)
+    if room is None:
+        return wanted
+    return min(wanted, max(0.0, room - max(spec.evaluate.prompt_lengths)))
 
 
 def placed(problem: Problem, index: int) -> Problem:

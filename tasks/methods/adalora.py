@@ -75,6 +75,13 @@ def trainable_parameters(model: nn.Module, candidate: AdaLora, task: str) -> int
     return candidate.initial_rank * own + head_parameters(model, task)
 
 
+def shipped_parameters(model: nn.Module, candidate: AdaLora, task: str) -> int:
+    """As if `rank` were left to every target, which it is on average, and the head."""
+    layers = checked_targets(model, candidate).values()
+    own = sum(layer.in_features + layer.out_features for layer in layers)
+    return candidate.rank * own + head_parameters(model, task)
+
+
 def checked_targets(model: nn.Module, candidate: AdaLora) -> dict[str, nn.Linear]:
     """The linear layers to adapt. Raises a UserError for one that cannot have the first rank."""
     targets = linear_targets(model, candidate.target_modules)
@@ -132,6 +139,11 @@ class AdaLoraCourse(Course):
             **{f"uncertainty/{name}": x for name, x in self.allocator.exp_avg_unc.items()},
             **{f"kept/{name}": torch.tensor(kept) for name, kept in pattern.items()},
         }
+
+    def kept(self) -> int:
+        """The importance of each weight in a step, and the two averages, in float32."""
+        own = [weight for name, weight in self.model.named_parameters() if ".lora_" in name]
+        return 3 * 4 * sum(weight.numel() for weight in own)
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         self.allocator.reset_ipt()
@@ -228,4 +240,5 @@ METHOD = Method(
     build=build,
     trainable_parameters=trainable_parameters,
     course=AdaLoraCourse,
+    ships=shipped_parameters,
 )

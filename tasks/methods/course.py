@@ -32,6 +32,10 @@ class Course:
         """What a checkpoint has to hold beside the trained weights and the optimiser."""
         return {}
 
+    def kept(self) -> int:
+        """Bytes that it keeps through the run beside weights and optimiser."""
+        return sum(value.numel() * value.element_size() for value in self.state().values())
+
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from what `state` gave."""
 

@@ -63,6 +63,17 @@ def trainable_parameters(model: nn.Module, candidate: LoraBase, task: str) -> in
     return own + head_parameters(model, task)
 
 
+def shipped_parameters(model: nn.Module, candidate: Lora, task: str) -> int:
+    """What is trained; of a start elsewhere twice the rank (`tasks/methods/residual.py`)."""
+    count = trainable_parameters(model, candidate, task)
+    if candidate.init == "default":
+        return count
+    ranks = checked_ranks(model, candidate)
+    layers = linear_targets(model, candidate.target_modules)
+    widths = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+    return count + sum(ranks[name] * width for name, width in widths.items())
+
+
 def place(candidate: LoraBase) -> str:
     """Where a recipe asks for it."""
     return f"candidates[method={candidate.method}]"
@@ -123,4 +134,5 @@ METHOD = Method(
     trainable_parameters=trainable_parameters,
     rate_of=rate_of,
     course=ResidualCourse,
+    ships=shipped_parameters,
 )

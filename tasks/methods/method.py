@@ -51,6 +51,7 @@ class Method:
     quantises: from a candidate, how the base is quantised beside which it learns, or None.
     replaces: whether what it trains takes the place of the base's own weights, in their dtype;
         it is then saved in that dtype, since nothing reads more of it.
+    ships: the formula of what an adapter holds, where that is not what is trained.
     tuner: the file that PEFT needs to load it again, where PEFT itself lacks the method; it
         travels with the adapter.
     """
@@ -69,6 +70,7 @@ class Method:
     quantises: Callable[[Any], Quantisation | None] = lambda candidate: None
     replaces: bool = False
     tasks: tuple[str, ...] = tuple(TASK_TYPES)
+    ships: Count | None = None
     tuner: Path | None = None
 
 

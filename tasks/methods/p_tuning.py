@@ -55,6 +55,12 @@ def trainable_parameters(model: PreTrainedModel, candidate: PTuning, task: str) 
     return candidate.virtual_tokens * d + network + head_parameters(model, task)
 
 
+def shipped_parameters(model: PreTrainedModel, candidate: PTuning, task: str) -> int:
+    """V * d, and the head."""
+    own = candidate.virtual_tokens * soft.embedding_width(model)
+    return own + head_parameters(model, task)
+
+
 def linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
@@ -75,4 +81,5 @@ METHOD = Method(
     build=build,
     trainable_parameters=trainable_parameters,
     decays=lambda name: "prompt_encoder." not in name,
+    ships=shipped_parameters,
 )

@@ -47,6 +47,12 @@ def trainable_parameters(model: PreTrainedModel, candidate: PrefixTuning, task: 
     return int(own) + head_parameters(model, task)
 
 
+def shipped_parameters(model: PreTrainedModel, candidate: PrefixTuning, task: str) -> int:
+    """V * 2 * L * k, and the head."""
+    own = candidate.virtual_tokens * 2 * model.config.num_hidden_layers * key_width(model)
+    return int(own) + head_parameters(model, task)
+
+
 def key_width(model: PreTrainedModel) -> int:
     """Heads of keys times their width, in each layer."""
     config = model.config
@@ -66,4 +72,5 @@ METHOD = Method(
     build=build,
     trainable_parameters=trainable_parameters,
     decays=lambda name: "prompt_encoder." not in name,
+    ships=shipped_parameters,
 )

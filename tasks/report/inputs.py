@@ -1,4 +1,4 @@
-"""What the page is made from: the entries of prepare, train and evaluate, read and checked."""
+"""What the page is made from: the entries of prepare, cost, train and evaluate, checked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from schemas.cost import Cost, CostReport
 from schemas.errors import Problem, UserError
 from schemas.manifest import Manifest
 from schemas.report import Comparison, CriteriaReport, CurvePoint, DataReport
@@ -29,6 +30,7 @@ class Inputs:
     comparison: the candidates over all seeds, told apart by the rows.
     reports: `base`, each candidate in the recipe's order, then `finished` where there is one.
     curves: candidate: its training curve.
+    costs: candidate: what it was expected to cost; empty where that was not told.
     manifests: entry name as in `paths` (`prepared`, `train:<label>`…): its manifest.
     quarantine: the refused rows' Parquet file.
     """
@@ -38,6 +40,7 @@ class Inputs:
     comparison: Comparison
     reports: dict[str, CriteriaReport]
     curves: dict[str, list[CurvePoint]]
+    costs: dict[str, Cost]
     manifests: dict[str, Manifest]
 
 
@@ -75,6 +78,7 @@ def read_inputs(spec: PageSpec, paths: dict[str, Path]) -> Inputs:
         quarantine=paths["prepared"] / "quarantine.parquet",
         reports=reports,
         curves={label: _curve(paths[f"train:{label}"]) for label in spec.labels},
+        costs=_costs(paths.get("cost")),
         manifests={
             name: read_manifest(path) for name, path in paths.items() if (path / MANIFEST).exists()
         },
@@ -83,6 +87,12 @@ def read_inputs(spec: PageSpec, paths: dict[str, Path]) -> Inputs:
 
 def _criteria(entry: Path) -> CriteriaReport:
     return CriteriaReport.model_validate_json((entry / "criteria.json").read_bytes())
+
+
+def _costs(entry: Path | None) -> dict[str, Cost]:
+    if entry is None:
+        return {}
+    return CostReport.model_validate_json((entry / "plan.json").read_bytes()).candidates
 
 
 def _curve(entry: Path) -> list[CurvePoint]:

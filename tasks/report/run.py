@@ -21,6 +21,7 @@ from tasks.report.figures import figure
 from tasks.report.inputs import TITLES, Inputs, read_inputs
 from tasks.report.lengths import length_plots
 from tasks.report.plots import numbers, styles
+from tasks.report.predicted import predicted
 from tasks.report.trade_offs import other_pairs, trade_offs
 
 HERE = Path(__file__).parent
@@ -85,6 +86,7 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         pairs=pairs,
         loss=loss,
         lengths=lengths,
+        predicted=predicted(inputs),
         figures={plot.id: plot.spec for plot in drawn},
     )
 

@@ -95,6 +95,7 @@ class Making:
     asked: list[GateVerdict] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    warned: list[str] = field(default_factory=list)
     diverging: float = 1e9
 
     def make(self, step: Step) -> Made:
@@ -161,6 +162,9 @@ class Making:
     def each(self, works: Mapping[str, Callable[[], T]], *, alone: bool = False) -> dict[str, T]:
         return fan_out(works, 1, lambda name, error: self.failed.update({name: str(error)}))
 
+    def warn(self, words: str) -> None:
+        self.warned.append(words)
+
     def promote(self, registration: Registration, verdict: GateVerdict) -> bool:
         self.asked.append(verdict)
         return verdict.passed
@@ -186,6 +190,7 @@ def test_the_order_and_what_each_step_reads(place: Path) -> None:
     assert [step.title for step in hands.made] == [
         "inspect",
         "prepare",
+        "cost",
         "train full",
         "train lora-r2",
         "evaluate base",
@@ -225,7 +230,9 @@ def test_full_tuning_and_unmerged_adapters_are_finished_as_they_are(place: Path)
 def test_a_learning_rate_changes_training_and_what_follows(place: Path) -> None:
     before = keys(calls(place))
     after = keys(calls(place, train={"learning_rate": 1e-2}))
-    assert set(before) - changed(before, after) == {"inspect", "prepare", "evaluate base"}
+    # A rate costs nothing.
+    same = {"inspect", "prepare", "cost", "evaluate base"}
+    assert set(before) - changed(before, after) == same
 
 
 def test_one_candidates_setting_leaves_the_other_candidate_alone(place: Path) -> None:
@@ -281,13 +288,13 @@ def test_a_plan_names_what_a_run_makes_and_makes_nothing(place: Path) -> None:
     assert later == ["merge", "evaluate finished", "report", "register"]
     assert not any(first.home.store.iterdir())
     _, hands = told(first)
-    assert [found.key for found in steps] == [key_of(step.call) for step in hands.made[:8]]
+    assert [found.key for found in steps] == [key_of(step.call) for step in hands.made[:9]]
     steps, later = planned(calls(place))
     assert all(found.cached for found in steps)
-    assert (len(steps), later) == (12, [])
+    assert (len(steps), later) == (13, [])
     changes = calls(place, train={"learning_rate": 1e-2})
     cached = {found.step.title for found in planned(changes)[0] if found.cached}
-    assert cached == {"inspect", "prepare", "evaluate base"}
+    assert cached == {"inspect", "prepare", "cost", "evaluate base"}
 
 
 def test_done_means_every_entry_and_the_promotion(place: Path) -> None:
@@ -297,7 +304,7 @@ def test_done_means_every_entry_and_the_promotion(place: Path) -> None:
     done = already_done(calls(place), lambda version: True)
     assert done is not None
     assert done[0].promoted
-    assert len(done[1]) == 12
+    assert len(done[1]) == 13
 
 
 def test_a_damaged_entry_is_not_done(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,6 +456,27 @@ def test_a_failed_candidate_does_not_sink_the_others(place: Path) -> None:
         "evaluate full",
     }
     assert key_of(next(s for s in again.made if s.title == "train lora-r2").call) in before
+
+
+def test_a_run_goes_on_without_a_prediction_and_says_so(place: Path) -> None:
+    hands = Making(calls(place).home, broken={"cost"})
+    outcome = story(calls(place), hands)
+    assert hands.warned == ["what the candidates should cost is not known: out of luck"]
+    assert outcome.promoted
+    [page] = [step.call for step in hands.made if step.call.stage == "report"]
+    assert "cost" not in page.inputs
+    # Nothing is left to be made: the page is that of a run without one.
+    assert already_done(calls(place), lambda version: True) is not None
+    _, hands = told(calls(place))
+    by_title = {step.title: step.call for step in hands.made}
+    assert by_title["report"].inputs["cost"] == key_of(by_title["cost"])
+    assert by_title["cost"].inputs["prepared"] == key_of(by_title["prepare"])
+
+
+def test_where_nothing_is_trained_no_cost_is_told(place: Path) -> None:
+    changes = {"candidates": [{"method": "zero_shot"}], "select": {"minimize": "loss"}}
+    _, hands = told(calls(place, **changes))
+    assert not any(step.call.stage == "cost" for step in hands.made)
 
 
 def test_a_seed_that_fails_takes_its_candidate_with_it(place: Path) -> None:

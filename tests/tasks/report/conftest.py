@@ -17,6 +17,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from schemas.cost import Cost, CostReport
 from schemas.manifest import FileRecord, Manifest, Provenance
 from schemas.report import (
     Accuracy,
@@ -320,10 +321,31 @@ def comparison(found: dict[str, CriteriaReport]) -> Comparison:
     )
 
 
+def costs(found: dict[str, CriteriaReport], labels: list[str]) -> CostReport:
+    """A plan that is right about weights, an eighth too high about memory, and too low on FLOPs."""
+    told = {}
+    for label in labels:
+        report = found[label]
+        own, peak = report.computation, report.memory.train_peak_mib or 0.0
+        told[label] = Cost(
+            trainable_parameters=report.storage.trainable_parameters,
+            trainable_share=report.storage.trainable_share,
+            shipped_mib=report.storage.shipped_bytes / 2**20,
+            training_mib={"weights": 9 / 8 * peak, "total": 9 / 8 * peak},
+            inference_mib=100.0,
+            forward_flops_per_token=0.75 * own.forward_flops_per_token,
+            backward_flops_per_token=own.backward_flops_per_token,
+            steps=240,
+            tokens=4096 * 240,
+        )
+    asked = Cost(trainable_parameters=0, trainable_share=0.0, shipped_mib=None, inference_mib=91.0)
+    return CostReport(total_parameters=3_700_000, candidates={**told, "zero_shot": asked})
+
+
 def write_entries(root: Path, found: dict[str, CriteriaReport]) -> dict[str, Path]:
     """Entries on disk, as `paths` of a call names them."""
     labels = [name for name in found if name not in ("base", "finished")]
-    paths = {"prepared": root / "prepare", "comparison": root / "compare"}
+    paths = {name: root / name for name in ("prepared", "comparison", "cost")}
     paths |= {f"train:{label}": root / f"train-{label}" for label in labels}
     paths |= {f"evaluate:{name}": root / f"evaluate-{name}" for name in found}
     for path in paths.values():
@@ -345,6 +367,7 @@ def write_entries(root: Path, found: dict[str, CriteriaReport]) -> dict[str, Pat
         schema_overrides={"line": pl.Int64},
     ).write_parquet(paths["prepared"] / "quarantine.parquet")
     (paths["comparison"] / "comparison.json").write_text(comparison(found).model_dump_json())
+    (paths["cost"] / "plan.json").write_text(costs(found, labels).model_dump_json())
     for label in labels:
         points = [point.model_dump() for point in curve(label)]
         (paths[f"train:{label}"] / "curve.json").write_text(json.dumps(points))

@@ -20,6 +20,7 @@ from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import Inputs
 from tasks.report.overhead import overhead_figure
 from tasks.report.pareto import joined_labels, label_positions, pareto_front
+from tasks.report.predicted import predicted
 from tasks.report.provenance import without_directories
 from tasks.report.run import render
 from tasks.report.summary import quality_figure, verdict
@@ -230,3 +231,24 @@ def test_candidates_that_train_nothing_have_no_curve(spec: PageSpec, inputs: Inp
     none = replace(inputs, curves={label: [] for label in inputs.curves})
     assert loss_plot(spec, none) is None
     assert "No candidate has a training curve." in render(spec, none)
+
+
+def test_a_prediction_stands_beside_what_was_measured(spec: PageSpec, inputs: Inputs) -> None:
+    """In one unit a figure; the difference is of what was measured."""
+    found = predicted(inputs)
+    assert found is not None
+    assert [label for label, _ in found.rows] == spec.labels
+    weights, peak, forward, backward = dict(found.rows)["lora-r16"]
+    assert (weights.predicted, weights.measured, weights.difference) == ("451,000", "451,000", "0")
+    assert (peak.predicted, peak.measured, peak.difference) == ("134", "119", "+12.5")
+    assert forward.difference == "\u221225.0"
+    assert backward.difference == "0"
+    assert [column.unit for column in found.columns] == ["", "MiB", "MFLOP", "MFLOP"]
+    assert "Predicted and measured" in render(spec, inputs)
+
+
+def test_a_run_without_a_prediction_has_no_such_section(spec: PageSpec, inputs: Inputs) -> None:
+    assert predicted(replace(inputs, costs={})) is None
+    asked = {"zero_shot": inputs.costs["zero_shot"]}
+    assert predicted(replace(inputs, costs=asked)) is None
+    assert "Predicted and measured" not in render(spec, replace(inputs, costs={}))
