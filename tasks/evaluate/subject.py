@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 
 from schemas.manifest import Manifest
 from schemas.stages import EvaluateSpec
@@ -99,7 +100,21 @@ class Subject:
         adapter: Any = load_trained(
             self.base, self.model_dir, self.task, self.labels, self.dtype, quantised_base=False
         )
-        return frozen(adapter.merge_and_unload())
+        return frozen(folded(adapter))
+
+
+def folded(adapter: Any) -> torch.nn.Module:
+    """An adapter's model, plain and with all that was learned in its own weights.
+
+    PEFT's own unloading takes a head for one layer: with IA3 it asks a pooler, which holds one,
+    for its weight. So the heads leave their wrappers first.
+    """
+    for name, module in list(adapter.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, own = name.rpartition(".")
+            head = module.modules_to_save[module.active_adapters[0]]
+            setattr(adapter.get_submodule(parent), own, head)
+    return cast(torch.nn.Module, adapter.merge_and_unload())
 
 
 def frozen(model: torch.nn.Module) -> torch.nn.Module:

@@ -44,6 +44,7 @@ from schemas.candidates import (
 from schemas.errors import UserError
 from schemas.recipe import Train
 from tasks.core.models import head_modules
+from tasks.evaluate.subject import folded
 from tasks.methods import ia3
 from tasks.methods.method import trained
 from tasks.methods.table import METHODS, method_for
@@ -319,3 +320,22 @@ def test_modules_that_a_bottleneck_cannot_have_are_refused_with_those_there_are(
     for act in (METHODS["bottleneck"].trainable_parameters, METHODS["bottleneck"].build):
         with pytest.raises(UserError, match=r"bottleneck\].*'mpl'[\s\S]*fix: choose from .*mlp"):
             act(BASES["causal-lm"](), candidate, "causal-lm")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FROM_THE_BASE if METHODS[name].merges and name != "qlora"]
+)
+def test_what_is_measured_as_merged_is_the_adapter_with_its_heads(name):
+    """On a classifier with a pooler, whose wrapper PEFT's own unloading trips over. Folding adds
+    what was added to a product to its weight before: rounding of float32."""
+    torch.manual_seed(0)
+    task = "sequence-classification"
+    model = METHODS[name].build(BASES[task]().eval(), CANDIDATES[name], task).eval()
+    with torch.no_grad():
+        for weight in trained(model).values():
+            weight.add_(0.05 * torch.randn_like(weight))
+        ids = torch.randint(0, 64, (2, 9))
+        tuned = model(input_ids=ids).logits
+        plain = folded(model)
+        assert not any("lora" in key or "modules_to_save" in key for key in plain.state_dict())
+        torch.testing.assert_close(plain(input_ids=ids).logits, tuned, rtol=0, atol=1e-5)
