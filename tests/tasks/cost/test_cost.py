@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from schemas.candidates import Full, Ia3, LayerNorm, Lora
+from schemas.candidates import Full, Ia3, LayerNorm, Lora, Peft
 from schemas.errors import UserError
 from schemas.recipe import Base, Train
 from schemas.stages import CostSpec
@@ -43,6 +43,11 @@ CANDIDATES = {
     "dora": Lora(method="lora", rank=4, dora=True),
     "ia3": Ia3(method="ia3"),
     "layer_norm": LayerNorm(method="layer_norm"),
+    # Its tuner keeps indices beside weights and buffers.
+    "fourierft": Peft(
+        method="peft",
+        peft={"peft_type": "FOURIERFT", "n_frequency": 50, "target_modules": "all-linear"},
+    ),
 }
 #: GPT-3 with q and v apart. Brown et al. 2020, arXiv:2005.14165; LoRA's claim: arXiv:2106.09685.
 GPT3 = {
