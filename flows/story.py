@@ -230,10 +230,10 @@ def tune(
 
 
 def unmerged(candidate: Candidate) -> str:
-    """How a candidate is served that cannot be folded into its base."""
+    """How a candidate is served that is not folded into its base."""
     if candidate.FORMAT == "prompt":
         return "has no weights to merge and is served as its base and what stands before a prompt"
-    return "cannot be merged and is served beside its base"
+    return "is not merged and is served beside its base"
 
 
 def criteria(evaluated: Made) -> CriteriaReport:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from schemas.frozen import NAME, Frozen
 from schemas.manifest import ModelFormat
@@ -357,6 +358,45 @@ class PrefixTuning(SoftPrompt):
         return self
 
 
+class Peft(CandidateBase):
+    """Any other tuner of PEFT's, configured in PEFT's own words; served beside its base."""
+
+    MERGES: ClassVar[bool] = False
+    #: Fields of every configuration that are not a recipe's to give, and why.
+    OURS: ClassVar[dict[str, str]] = {
+        "task_type": "it follows from the recipe's `task`",
+        "modules_to_save": "the task's head, and nothing else of the base, is trained and kept",
+        "base_model_name_or_path": "it is the recipe's `base`",
+        "revision": "it is the recipe's `base`",
+        "inference_mode": "it is trained here, and frozen where it is served",
+        "auto_mapping": "PEFT writes it",
+        "peft_version": "PEFT writes it",
+        "runtime_config": "it is no part of an adapter",
+    }
+
+    method: Literal["peft"]
+    peft: dict[str, JsonValue] = Field(
+        description="peft_type, e.g. LOHA, and the fields of its configuration as PEFT names them."
+    )
+
+    @field_validator("peft")
+    @classmethod
+    def _only_what_is_not_ours(cls, peft: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        kind = peft.get("peft_type")
+        if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", kind):
+            raise ValueError("name the tuner with `peft_type`, e.g. `peft_type: LOHA`")
+        if ours := [f"`{key}`: {why}" for key, why in cls.OURS.items() if key in peft]:
+            raise ValueError(f"remove {'; '.join(ours)}")
+        return peft
+
+    @property
+    def peft_type(self) -> str:
+        return str(self.peft["peft_type"])
+
+    def default_name(self) -> str:
+        return self.peft_type.lower()
+
+
 Candidate = Annotated[
     Full
     | ZeroShot
@@ -371,6 +411,7 @@ Candidate = Annotated[
     | Bottleneck
     | PromptTuning
     | PTuning
-    | PrefixTuning,
+    | PrefixTuning
+    | Peft,
     Field(discriminator="method"),
 ]

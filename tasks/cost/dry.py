@@ -152,19 +152,19 @@ def _penalty(model: nn.Module, course: Course) -> tuple[float, float]:
 
 def without_numbers(model: nn.Module) -> None:
     """Weights on meta become fake ones on a CPU, so that autocast and kernels take them for real;
-    tied ones stay tied."""
+    tied ones stay tied. Of PEFT's tuners some keep tensors in plain dictionaries of a module."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Both of a pair are kept: an id is free again when its tensor is gone.
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in model.modules():
-        for slots in (module._parameters, module._buffers):
+        for slots in [held for held in vars(module).values() if isinstance(held, dict)]:
             for name, tensor in slots.items():
-                if tensor is None:
+                if not isinstance(tensor, torch.Tensor):
                     continue
                 if id(tensor) not in made:
                     fake = four_bits.with_scales(_fake(mode, tensor), tensor, partial(_fake, mode))
                     made[id(tensor)] = tensor, fake
-                slots[name] = made[id(tensor)][1]  # type: ignore[assignment]
+                slots[name] = made[id(tensor)][1]
         if isinstance(module, nn.RNNBase):  # it holds its weights in a list too
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
     if soft.virtual_tokens(model):

@@ -106,7 +106,8 @@ class Siblings:
 def fuse_lora(model: nn.Module) -> int:
     """Give every plain LoRA layer of a PEFT model the fused path. Returns how many.
 
-    Left alone: layers with dropout or a variant (DoRA and the like), and quantised bases.
+    Left alone: layers with dropout or a variant (DoRA and the like), quantised bases, and layers
+    whose own weights learn.
     """
     fused = 0
     for parent in model.modules():
@@ -122,7 +123,7 @@ def _fusible(layer: Any) -> bool:
         type(layer) is LoraLinear
         and list(layer.lora_A) == [ADAPTER]
         and type(layer.base_layer) is nn.Linear
-        and not layer.base_layer.weight.requires_grad
+        and not any(weight.requires_grad for weight in layer.base_layer.parameters())
         and not layer.lora_variant
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
         and layer.lora_B[ADAPTER].bias is None

@@ -24,7 +24,7 @@ TASK_TYPES = {
     "token-classification": TaskType.TOKEN_CLS,
 }
 
-Family = Literal["none", "additive", "selective", "reparameterisation"]
+Family = Literal["none", "additive", "selective", "reparameterisation", "of its type"]
 
 #: `build(model, candidate, task)`: the model with exactly the method's weights trainable.
 Build = Callable[[Any, Any, str], nn.Module]

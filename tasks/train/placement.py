@@ -8,6 +8,7 @@ import torch
 import torch.utils.deterministic
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from schemas.recipe import Train
@@ -119,8 +120,15 @@ def without_base_dropout(model: nn.Module) -> None:
     A recipe has no word for it, banking77 did no worse without it (docs/train.md), and on a CPU
     its random numbers cost more than half as much again.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+    adapters = (part for part in model.modules() if isinstance(part, BaseTunerLayer))
+    own = {
+        id(part)
+        for adapter in adapters
+        for name, part in adapter.named_modules()
+        if not f"{name}.".startswith("base_layer.")
+    }
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and id(module) not in own:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]

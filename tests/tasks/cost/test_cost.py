@@ -21,6 +21,7 @@ from schemas.candidates import (
     LastLayers,
     LayerNorm,
     Lora,
+    Peft,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -76,6 +77,11 @@ CANDIDATES = {
     "p_tuning": PTuning(method="p_tuning", virtual_tokens=5, hidden_size=24),
     "p_tuning-lstm": PTuning(method="p_tuning", virtual_tokens=5, encoder="lstm"),
     "prefix_tuning": PrefixTuning(method="prefix_tuning", virtual_tokens=5, projection=True),
+    # Its tuner keeps indices beside weights and buffers.
+    "fourierft": Peft(
+        method="peft",
+        peft={"peft_type": "FOURIERFT", "n_frequency": 50, "target_modules": "all-linear"},
+    ),
 }
 PROMPTS = {
     "zero_shot": ZeroShot(method="zero_shot"),

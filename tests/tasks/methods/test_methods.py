@@ -35,6 +35,7 @@ from schemas.candidates import (
     LastLayers,
     LayerNorm,
     Lora,
+    Peft,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -90,6 +91,7 @@ CANDIDATES = {
     "prompt_tuning": PromptTuning(method="prompt_tuning", virtual_tokens=5),
     "p_tuning": PTuning(method="p_tuning", virtual_tokens=5, hidden_size=24),
     "prefix_tuning": PrefixTuning(method="prefix_tuning", virtual_tokens=5),
+    "peft": Peft(method="peft", peft={"peft_type": "LOHA", "r": 4, "target_modules": "all-linear"}),
 }
 #: Virtual tokens are attended to from the first step on: there is no prompt that changes nothing.
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
