@@ -37,6 +37,7 @@ from schemas.stages import (
     Spec,
     TrainSpec,
 )
+from schemas.tasks import is_labelled
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
 from tasks.core.store import read_manifest
 
@@ -243,7 +244,7 @@ class Calls:
     def merge(self, label: str, rows: Made, trained: Made) -> Step:
         """Of the rows a classifier needs its labels, and a causal model nothing."""
         spec = MergeSpec(finish=self.recipe.finish)
-        labels = {"prepared": rows} if self.recipe.task == "sequence-classification" else {}
+        labels = {"prepared": rows} if is_labelled(self.recipe.task) else {}
         inputs = {"trained": trained, **labels}
         return self._step(spec, "transformers", inputs, self._with_base, self._weights, label)
 

@@ -22,9 +22,10 @@ from pydantic import (
 
 from schemas.candidates import Candidate, TrainOverrides
 from schemas.frozen import NAME, Frozen
+from schemas.tasks import Task
 
-Task = Literal["causal-lm", "sequence-classification"]
-Metric = Literal["accuracy", "macro_f1", "exact_match", "field_f1", "perplexity", "loss"]
+#: What a row is made of.
+Column = Literal["messages", "prompt", "completion", "text", "label", "spans"]
 
 #: A bound on a metric, as written in `select.subject_to` and `register.gate`.
 NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
@@ -62,7 +63,7 @@ class Source(Frozen):
     path: str = Field(description="A file (relative to the recipe file) or `hub:NAME[/CONFIG]`.")
     revision: str | None = Field(None, description="The commit of a hub data set.")
     split: str | None = Field(None, description="The split of a hub data set.")
-    columns: dict[Literal["messages", "prompt", "completion", "text", "label"], str] = Field(
+    columns: dict[Column, str] = Field(
         default_factory=dict,
         description="Our name: the file's name, where they differ, e.g. {text: body, label: tag}.",
     )

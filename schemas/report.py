@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from schemas.tasks import TASKS
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +39,16 @@ class SplitReport(Strict):
     tokens: int
     answer_tokens: int
     lengths: LengthHistogram
+    spans: int | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="token-classification: spans of the rows kept.",
+    )
+    spans_cut: int | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Of these, spans that lie, or end, past max_length in a truncated row.",
+    )
 
 
 class DataReport(Strict):
@@ -46,7 +58,9 @@ class DataReport(Strict):
     template: Literal["chat", "plain", "none"]
     max_length: int
     splits: dict[str, SplitReport]
-    labels: dict[str, int] = Field(default_factory=dict, description="Label: rows in train.")
+    labels: dict[str, int] = Field(
+        default_factory=dict, description="Label: rows (or spans) in train."
+    )
 
 
 class Interval(Strict):
@@ -97,7 +111,9 @@ class Accuracy(Strict):
 
     metrics: dict[str, Interval] = Field(
         description="sequence-classification: accuracy, macro_f1, loss. causal-lm: exact_match, "
-        "field_f1 (where answers are JSON objects), perplexity, loss (nats per answer token)."
+        "field_f1 (where answers are JSON objects), perplexity, loss (nats per answer token). "
+        "token-classification: entity_f1, entity_precision, entity_recall, token_accuracy, loss "
+        "(nats per token)."
     )
     rows: int
     retention_loss: float | None = Field(description="Nats per token of general text.")
@@ -245,10 +261,7 @@ def latency_tag(batch_size: int, prompt_tokens: int | None, merged: bool) -> str
 
 
 #: The metrics of each task, and whether more is better.
-TASK_METRICS: dict[str, dict[str, bool]] = {
-    "sequence-classification": {"accuracy": True, "macro_f1": True, "loss": False},
-    "causal-lm": {"exact_match": True, "field_f1": True, "perplexity": False, "loss": False},
-}
+TASK_METRICS: dict[str, dict[str, bool]] = {name: task.metrics for name, task in TASKS.items()}
 
 
 def figure_names(task: str, batch_sizes: list[int], prompt_lengths: list[int]) -> list[str]:

@@ -14,7 +14,7 @@ import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
-Kind = Literal["chat", "completion", "label", "text"]
+Kind = Literal["chat", "completion", "label", "spans", "text"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -23,8 +23,14 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "chat": ("messages",),
     "completion": ("prompt", "completion"),
     "label": ("text", "label"),
+    "spans": ("text", "spans"),
     "text": ("text",),
 }
+
+#: Kinds whose rows are a text, which no template writes.
+TEXTS: tuple[Kind, ...] = ("label", "spans", "text")
+#: Those of them that a head of classes learns from.
+LABELLED: tuple[Kind, ...] = ("label", "spans")
 
 #: Reason code (what stands before a colon in the quarantine): what it means.
 REASONS: dict[str, str] = {
@@ -37,20 +43,23 @@ REASONS: dict[str, str] = {
     "wrong_field_count": "more or fewer fields than the header; the count follows",
     "missing": "a column without a value",
     "wrong_type": "a column with a value of another type",
-    "extra_key": "a message with a key that would be lost, such as tool_calls",
+    "extra_key": "a message or span with a key that would be lost, such as tool_calls",
     "nul_byte": "text with a NUL character",
     "unknown_role": f"a message whose role is none of {', '.join(ROLES)}",
     "no_answer": "a chat that does not end with the assistant's answer",
     "empty_prompt": "nothing before the answer",
     "empty_answer": "an answer or label with nothing in it",
     "empty_text": "a text with nothing in it",
-    "unknown_label": "a held-out row whose label no train row has",
+    "unknown_label": "a held-out row with a label that no train row has",
+    "span_out_of_range": "a span that is empty or reaches out of its text",
+    "overlapping_spans": "two spans that share a character",
+    "span_off_tokens": "a span that begins or ends in a token or in white space; its place follows",
     "duplicate_of": "equal, after normalisation, to the row at the line that follows",
     "leaks_into_test": "a train row equal to the test row at the line that follows",
     "template_refused": "the model's chat template raised an error",
     "control_token": "text that spells one of the tokenizer's special tokens",
     "too_long": "more tokens than max_length; the count follows",
-    "no_answer_token": "no token of the answer is left to learn",
+    "no_answer_token": "no token of the answer (of spans: of the text) is left to learn",
     "not_sampled": "a good test row that `test_rows` left out",
 }
 
@@ -99,6 +108,29 @@ def _text(empty: str) -> pa.Column:
 
 _ROW = pa.Column(pl.Int64, checks=pa.Check.ge(1, name="row_number"))
 
+SPANS = pl.List(pl.Struct({"start": pl.Int64, "end": pl.Int64, "label": pl.String}))
+_START, _END = (_ELEMENT.struct.field(name) for name in ("start", "end"))
+
+
+def _spans() -> pa.Column:
+    """Spans of the column `text`, by their start: characters, from 0, the end exclusive."""
+
+    def within(key: str) -> pl.Expr:
+        last = pl.col(key).list.eval(_END).list.max().fill_null(0)
+        return last <= pl.col("text").str.len_chars()
+
+    return pa.Column(
+        SPANS,
+        checks=[
+            _every("span_out_of_range", (_START >= 0) & (_START < _END)),
+            _check("span_out_of_range", within),
+            _every("overlapping_spans", (_END.shift(1) <= _START).fill_null(True)),
+            _every("empty_answer", ~_blank(_ELEMENT.struct.field("label"))),
+            _every("nul_byte", ~_nul(_ELEMENT.struct.field("label"))),
+        ],
+    )
+
+
 MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
 
@@ -131,6 +163,7 @@ CONTRACTS: dict[Kind, pa.DataFrameSchema] = {
         "completion", prompt=_text("empty_prompt"), completion=_text("empty_answer")
     ),
     "label": _schema("label", text=_text("empty_text"), label=_text("empty_answer")),
+    "spans": _schema("spans", text=_text("empty_text"), spans=_spans()),
     "text": _schema("text", text=_text("empty_text")),
 }
 

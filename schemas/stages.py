@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from schemas.candidates import Candidate
 from schemas.frozen import Frozen
 from schemas.manifest import FileFormat
-from schemas.recipe import Data, Evaluate, Finish, Task, Train
+from schemas.recipe import Data, Evaluate, Finish, Train
 from schemas.report import Trial
+from schemas.tasks import Task
 
 
 class Spec(Frozen):
@@ -38,7 +39,7 @@ class PrepareSpec(Spec):
     """paths: train, test (absent for a hold-out), retention (optional), base (its tokenizer).
 
     The entry: rows/{train,test,retention}.parquet, quarantine.parquet, data_report.json,
-    tokens/{train,test,retention}.safetensors, test_rows.jsonl, labels.json (classification).
+    tokens/{train,test,retention}.safetensors, test_rows.jsonl, labels.json (for tasks with labels).
     `tasks/core/tokens.py` states the token files.
     """
 
@@ -133,7 +134,7 @@ class CompareSpec(Spec):
 
 
 class MergeSpec(Spec):
-    """paths: base, trained, prepared (its labels.json; only for sequence-classification).
+    """paths: base, trained, prepared (its labels.json; only for tasks with labels).
 
     The entry: model/, a whole transformers directory with tokenizer.
     """

@@ -8,6 +8,9 @@ tokens/<split>.safetensors holds, for N rows of T tokens in all:
     loss_mask     uint8 [T]      causal-lm: 1 where a token is learned (answers and their EOS)
     answer_start  int64 [N]      causal-lm: position within the row of its last answer's first token
     labels        int64 [N]      sequence-classification: index into labels.json
+    token_labels  int32 [T]      token-classification: index into labels.json, or IGNORED
+    token_chars   int32 [T, 2]   token-classification: the token's characters in its text, the end
+                                 exclusive; equal for a token that stands for none
 
 Retention rows have a loss_mask of ones but for each row's first token, for every task.
 """
@@ -33,6 +36,8 @@ class TokenRows:
     loss_mask: NDArray[np.uint8] | None = None
     answer_start: NDArray[np.int64] | None = None
     labels: NDArray[np.int64] | None = None
+    token_labels: NDArray[np.int32] | None = None
+    token_chars: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -44,12 +49,16 @@ class TokenRows:
 
     def row(self, index: int) -> NDArray[np.int32]:
         """The tokens of one row, without a copy."""
-        return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
+        return self.input_ids[self.place(index)]
+
+    def place(self, index: int) -> slice:
+        """Where the tokens of one row are among all."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def mask(self, index: int) -> NDArray[np.uint8]:
         """The loss mask of one row, without a copy."""
         assert self.loss_mask is not None
-        return self.loss_mask[self.offsets[index] : self.offsets[index + 1]]
+        return self.loss_mask[self.place(index)]
 
     def save(self, path: Path) -> None:
         arrays = {name: value for name, value in vars(self).items() if value is not None}

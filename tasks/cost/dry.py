@@ -109,7 +109,7 @@ def dry_run(
     unpadded = fast and not whole and unpad(backbone(model))
     virtual = 0 if soft.is_cache(model) else soft.virtual_tokens(model)
     layout = placement.layout(train, CPU, packed, 0, unpadded, virtual)
-    load = load_of(prepared, train, layout, max_length)
+    load = load_of(prepared, task, train, layout, max_length)
     if packed:
         batch = collate_packed(load.rows, load.micro_batch)
     else:

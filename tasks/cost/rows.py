@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from schemas.recipe import Train
+from schemas.tasks import TASKS
 from tasks.core.tokens import TokenRows
 from tasks.train.batching import Layout, Plan, Rows, micro_batches
 from tasks.train.schedule import total_steps
@@ -28,9 +29,11 @@ class Load:
     tokens: int | None
 
 
-def load_of(prepared: Path | None, train: Train, layout: Layout, max_length: int) -> Load:
+def load_of(
+    prepared: Path | None, task: str, train: Train, layout: Layout, max_length: int
+) -> Load:
     """The largest micro-batch and, from real rows, the steps."""
-    rows = full_rows(layout.budget, max_length) if prepared is None else _read(prepared)
+    rows = full_rows(layout.budget, max_length, task) if prepared is None else _read(prepared)
     plan = Plan(rows.lengths, train.batch_tokens, train.seed)
     parts = [
         part
@@ -55,16 +58,18 @@ def mean_of(prepared: Path | None, max_length: int) -> float:
     return max_length if prepared is None else float(_read(prepared).lengths.mean())
 
 
-def full_rows(tokens: int, length: int) -> TokenRows:
+def full_rows(tokens: int, length: int, task: str) -> TokenRows:
     """As many rows of `length` tokens as one forward pass may have, every token learned."""
     length = min(length, tokens)
     count = max(1, tokens // length)
+    zeros = np.zeros(count * length, dtype=np.int32)
     return TokenRows(
-        input_ids=np.zeros(count * length, dtype=np.int32),
+        input_ids=zeros,
         offsets=np.arange(count + 1) * length,
         source_rows=np.arange(count),
         loss_mask=np.ones(count * length, dtype=np.uint8),
         labels=np.zeros(count, dtype=np.int64),
+        token_labels=zeros if TASKS[task].labels == "token" else None,
     )
 
 

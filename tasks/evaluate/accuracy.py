@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 from schemas.errors import StageError
 from schemas.recipe import Evaluate
 from schemas.report import Accuracy, Example, Interval
+from schemas.tasks import TASKS
 from tasks.core import bootstrap
+from tasks.core.entities import IGNORED
 from tasks.core.models import load_tokenizer
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object
 from tasks.evaluate.generate import generate, stop_ids
 from tasks.evaluate.prompted import Prompted
-from tasks.evaluate.scoring import answer_losses, class_logits
+from tasks.evaluate.scoring import answer_losses, class_logits, token_scores
+from tasks.evaluate.spans import in_words, marked, predicted, span_counts
 from tasks.evaluate.subject import Subject
 
 #: Examples shown in the report, at most this many right and as many wrong.
@@ -73,9 +76,11 @@ def score(
         raise StageError(f"{prepared}: test_rows.jsonl and tokens/test.safetensors name other rows")
     if not texts:
         raise StageError(f"{prepared}: no test rows to measure on")
-    if subject.task == "sequence-classification":
-        return score_classes(subject, model, rows, texts, evaluate)
-    return score_answers(subject, model, rows, texts, evaluate, prompted)
+    labels = TASKS[subject.task].labels
+    if labels is None:
+        return score_answers(subject, model, rows, texts, evaluate, prompted)
+    scorers = {"row": score_classes, "token": score_spans}
+    return scorers[labels](subject, model, rows, texts, evaluate)
 
 
 def score_classes(
@@ -113,6 +118,55 @@ def score_classes(
         for index, text in enumerate(texts)
     ]
     how = "most probable label; macro_f1 over the labels expected or predicted; loss: nats a row"
+    return Scores(intervals(statistics, evaluate), statistics, predictions, how)
+
+
+def score_spans(
+    subject: Subject,
+    model: torch.nn.Module,
+    rows: TokenRows,
+    texts: list[dict[str, Any]],
+    evaluate: Evaluate,
+) -> Scores:
+    """Precision, recall and F1 of whole spans; accuracy and loss of their tokens."""
+    assert rows.token_labels is not None
+    assert subject.labels is not None
+    scores = token_scores(model, rows, "label tokens")
+    labelled_T = rows.token_labels != IGNORED
+    right_T = labelled_T & (scores.label_T == rows.token_labels)
+    right_N, tokens_N, loss_N = (
+        np.add.reduceat(values_T, rows.offsets[:-1])
+        for values_T in (right_T.astype(int), labelled_T.astype(int), scores.loss_T)
+    )
+    require_finite(loss_N, texts)
+    predictions = [
+        {
+            "row": text["row"],
+            "expected": marked(text),
+            "got": predicted(text, rows, index, scores, subject.labels),
+            "right": None,
+            "loss": float(loss_N[index] / tokens_N[index]),
+            "tokens": int(tokens_N[index]),
+        }
+        for index, text in enumerate(texts)
+    ]
+    counts = np.array([span_counts(line["expected"], line["got"]) for line in predictions])
+    for line, (_, extra, missed) in zip(predictions, counts.tolist(), strict=True):
+        line["right"] = not extra and not missed
+    true_N, extra_N, missed_N = counts.T
+    statistics = {
+        "entity_f1": bootstrap.f1(true_N, extra_N, missed_N),
+        "entity_precision": bootstrap.ratio(true_N, true_N + extra_N),
+        "entity_recall": bootstrap.ratio(true_N, true_N + missed_N),
+        "token_accuracy": bootstrap.ratio(right_N, tokens_N),
+        "loss": bootstrap.ratio(loss_N, tokens_N),
+    }
+    how = (
+        "a span is right where both its ends and its label are, micro-averaged over the spans of "
+        "all rows; an I-label that goes on with no span of its type starts one (CoNLL); a span "
+        "past max_length counts as missed; token_accuracy and loss (nats a token): over the "
+        "tokens that stand for characters"
+    )
     return Scores(intervals(statistics, evaluate), statistics, predictions, how)
 
 
@@ -228,8 +282,8 @@ def examples(predictions: list[dict[str, Any]], prepared: Path) -> list[Example]
     return [
         Example(
             prompt=prompts[line["row"]],
-            expected=line["expected"],
-            got=line["got"],
+            expected=in_words(line["expected"]),
+            got=in_words(line["got"]),
             right=line["right"],
         )
         for line in wrong + right

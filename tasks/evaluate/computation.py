@@ -62,11 +62,12 @@ HOW = (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Unpadded rows, and what is to be learned of them: columns [B, T], or labels [B]."""
+    """Unpadded rows, and what is to be learned of them: columns [B, T], or labels of the N rows
+    or of the N tokens."""
 
     inputs: Inputs
     learned_BT: torch.Tensor | None
-    labels_B: torch.Tensor | None
+    labels_N: torch.Tensor | None
 
     @property
     def tokens(self) -> int:
@@ -132,18 +133,21 @@ def micro_batch(rows: TokenRows, task: str, tokens: int) -> MicroBatch:
         learned_BT = np.stack([rows.mask(index)[-width:] for index in nearest]).astype(bool)
         learned_BT[:, 0] = False  # nothing stands before it
         return MicroBatch(left_padded(cut, pad_id=0), torch.from_numpy(learned_BT), None)
+    inputs = right_padded([rows.row(index)[:width] for index in nearest], pad_id=0)
+    if rows.token_labels is not None:
+        cut = [rows.token_labels[rows.place(index)][:width] for index in nearest]
+        return MicroBatch(inputs, None, torch.from_numpy(np.concatenate(cut)).long())
     assert rows.labels is not None
-    cut = [rows.row(index)[:width] for index in nearest]
-    return MicroBatch(right_padded(cut, pad_id=0), None, torch.from_numpy(rows.labels[nearest]))
+    return MicroBatch(inputs, None, torch.from_numpy(rows.labels[nearest]))
 
 
 def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """The mean loss of a micro-batch, differentiable."""
     if batch.learned_BT is not None:
         return masked_losses(model, batch.inputs, batch.learned_BT).sum() / batch.learned_BT.sum()
-    assert batch.labels_B is not None
-    logits_BC = run_on(model, batch.inputs).logits.float()
-    return torch.nn.functional.cross_entropy(logits_BC, batch.labels_B.to(logits_BC.device))
+    assert batch.labels_N is not None
+    logits_NC = run_on(model, batch.inputs).logits.float().flatten(0, -2)
+    return torch.nn.functional.cross_entropy(logits_NC, batch.labels_N.to(logits_NC.device))
 
 
 def flop_counter() -> FlopCounterMode:

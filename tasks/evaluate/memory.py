@@ -21,6 +21,7 @@ import torch
 from transformers import BertConfig, LlamaConfig
 
 from schemas.stages import EvaluateSpec
+from schemas.tasks import TASKS, is_labelled
 from tasks.core import quantised, runtime
 from tasks.core.models import MODEL_CLASSES, load_config, load_trained
 from tasks.core.quantised import Quantisation
@@ -31,7 +32,7 @@ from tasks.evaluate.generate import generate_batch
 from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import read_subject
 
-CONFIGS = {"causal-lm": LlamaConfig, "sequence-classification": BertConfig}
+CONFIGS = {task: BertConfig if is_labelled(task) else LlamaConfig for task in TASKS}
 
 
 def how(spec: EvaluateSpec) -> str:

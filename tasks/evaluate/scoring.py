@@ -1,10 +1,13 @@
-"""Forward passes over held-out rows: the loss of each answer, the logits of each class.
+"""Forward passes over held-out rows: the loss of each answer, the logits of each class, the
+label of each token.
 
 Shapes: N rows, B rows of a batch, T positions, K kept positions, V vocabulary, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from tasks.core.entities import IGNORED
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.batches import (
@@ -89,15 +93,52 @@ def masked_losses(
 @torch.inference_mode()
 def class_logits(model: torch.nn.Module, rows: TokenRows, label: str) -> NDArray[np.float32]:
     """The class logits of every row, [N, C]."""
-    pad_id = pad_id_of(model)
     logits: NDArray[np.float32] | None = None
+    for group, logits_BC in head_logits(model, rows, label):
+        if logits is None:
+            logits = np.zeros((len(rows), logits_BC.shape[1]), dtype=np.float32)
+        logits[group] = logits_BC.cpu().numpy()
+    assert logits is not None, "a prepared split has rows"
+    return logits
+
+
+def head_logits(
+    model: torch.nn.Module, rows: TokenRows, label: str
+) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+    """Groups of rows, each with its float32 logits: [B, C], or [B, T, C] of every position."""
+    pad_id = pad_id_of(model)
     with bar(label, len(rows), "rows") as progress:
         for group in by_length(rows.lengths):
             inputs = right_padded([rows.row(index) for index in group], pad_id)
-            logits_BC = run_on(model, inputs).logits.float().cpu().numpy()
-            if logits is None:
-                logits = np.zeros((len(rows), logits_BC.shape[1]), dtype=np.float32)
-            logits[group] = logits_BC
+            yield group, run_on(model, inputs).logits.float()
             progress.advance(len(group))
-    assert logits is not None, "a prepared split has rows"
-    return logits
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of every token of the T: its most probable label, that label's probability, and the loss
+    of its true label (nats; 0 where it has none)."""
+
+    label_T: NDArray[np.int64]
+    probability_T: NDArray[np.float64]
+    loss_T: NDArray[np.float64]
+
+
+@torch.inference_mode()
+def token_scores(model: torch.nn.Module, rows: TokenRows, label: str) -> TokenScores:
+    """The labels that a model gives to every token of the rows, [T]."""
+    assert rows.token_labels is not None
+    total = len(rows.input_ids)
+    label_T, probability_T, loss_T = np.zeros(total, np.int64), np.zeros(total), np.zeros(total)
+    for group, logits_BTC in head_logits(model, rows, label):
+        for index, logits_TC in zip(group.tolist(), logits_BTC, strict=True):
+            place = rows.place(index)
+            log_TC = logits_TC[: place.stop - place.start].double().log_softmax(-1).cpu()
+            true_T = torch.from_numpy(rows.token_labels[place]).long()
+            best_T = log_TC.max(-1)
+            label_T[place] = best_T.indices.numpy()
+            probability_T[place] = best_T.values.exp().numpy()
+            loss_T[place] = cross_entropy(
+                log_TC, true_T, reduction="none", ignore_index=IGNORED
+            ).numpy()
+    return TokenScores(label_T, probability_T, loss_T)

@@ -10,6 +10,7 @@ import torch
 
 from schemas.manifest import Manifest
 from schemas.stages import EvaluateSpec
+from schemas.tasks import Task, is_labelled
 from tasks.core.models import load_base, load_trained, read_labels
 from tasks.core.progress import warn
 from tasks.core.quantised import Quantisation
@@ -29,7 +30,7 @@ class Subject:
     """
 
     kind: Literal["base", "candidate", "finished"]
-    task: Literal["causal-lm", "sequence-classification"]
+    task: Task
     dtype: Dtype
     base: Path
     labels: list[str] | None
@@ -112,7 +113,7 @@ def frozen(model: torch.nn.Module) -> torch.nn.Module:
 
 def read_subject(spec: EvaluateSpec, paths: dict[str, Path]) -> Subject:
     """The subject of a call, from the manifest of the entry that it names."""
-    labels = read_labels(paths["prepared"]) if spec.task == "sequence-classification" else None
+    labels = read_labels(paths["prepared"]) if is_labelled(spec.task) else None
     entry = paths.get("subject")
     assert (entry is None) == (spec.subject == "base"), "every subject but the base has a path"
     manifest = None if entry is None else read_manifest(entry)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from schemas.errors import StageError
 from tasks.core.progress import warn
 from tasks.merge.checkpoint import FORMAT_NAMES
+from tasks.methods.method import TASK_TYPES
 
 PREFIX = "base_model.model."
 
@@ -180,7 +181,7 @@ def refuse_unknown(config: dict[str, Any], directory: Path) -> None:
 
 
 def task_of(config: dict[str, Any], directory: Path) -> str:
-    tasks = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+    tasks = {kind.value: task for task, kind in TASK_TYPES.items()}
     if config.get("task_type") not in tasks:
         raise StageError(
             f"{directory}/adapter_config.json: task_type is {config.get('task_type')!r}, "

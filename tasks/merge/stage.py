@@ -10,6 +10,7 @@ from typing import Any
 
 from schemas.errors import StageError
 from schemas.stages import MergeSpec
+from schemas.tasks import is_labelled
 from tasks.core.bases import tokenizer_files
 from tasks.core.models import MODEL_CLASSES, read_labels
 from tasks.core.progress import say
@@ -60,7 +61,7 @@ def fold_into(trained: Path, paths: dict[str, Path], model_dir: Path) -> dict[st
     config = json.loads((paths["base"] / "config.json").read_text())
     if "quantization_config" in config:
         raise StageError(f"{paths['base']} is quantised: its weights cannot be folded into")
-    if adapter.task == "sequence-classification":
+    if is_labelled(adapter.task):
         config |= label_settings(paths)
     skeleton = Skeleton.build(config, adapter.task)
     config["architectures"] = [type(skeleton.model).__name__]

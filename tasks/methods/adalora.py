@@ -235,7 +235,6 @@ METHOD = Method(
     paper="arXiv:2303.10512",
     family="reparameterisation",
     merges=True,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

@@ -57,7 +57,6 @@ METHOD = Method(
     paper="arXiv:2106.10199",
     family="selective",
     merges=True,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

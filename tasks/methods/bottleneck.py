@@ -50,7 +50,6 @@ METHOD = Method(
     paper="arXiv:1902.00751",
     family="additive",
     merges=False,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

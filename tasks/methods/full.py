@@ -28,7 +28,6 @@ METHOD = Method(
     paper="none: ordinary fine-tuning",
     family="none",
     merges=False,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=True,
     format="transformers",
     build=build,

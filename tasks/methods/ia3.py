@@ -91,7 +91,6 @@ METHOD = Method(
     paper="arXiv:2205.05638",
     family="additive",
     merges=True,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

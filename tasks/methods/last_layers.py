@@ -100,7 +100,6 @@ METHOD = Method(
     paper="arXiv:1911.03090",
     family="selective",
     merges=True,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

@@ -54,7 +54,6 @@ METHOD = Method(
     paper="arXiv:2312.11420",
     family="selective",
     merges=True,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

@@ -128,7 +128,6 @@ METHOD = Method(
     paper="arXiv:2106.09685",
     family="reparameterisation",
     merges=True,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

@@ -13,6 +13,7 @@ from torch import nn
 
 from schemas.errors import UserError
 from schemas.manifest import ModelFormat
+from schemas.tasks import is_labelled
 from tasks.core.models import head_modules
 from tasks.core.quantised import Quantisation
 from tasks.methods.course import Course
@@ -20,6 +21,7 @@ from tasks.methods.course import Course
 TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
     "sequence-classification": TaskType.SEQ_CLS,
+    "token-classification": TaskType.TOKEN_CLS,
 }
 
 Family = Literal["none", "additive", "selective", "reparameterisation"]
@@ -58,7 +60,6 @@ class Method:
     paper: str
     family: Family
     merges: bool
-    tasks: tuple[str, ...]
     trained_base: bool
     format: ModelFormat
     build: Build
@@ -68,6 +69,7 @@ class Method:
     course: Callable[[nn.Module, Any, int], Course] = Course
     quantises: Callable[[Any], Quantisation | None] = lambda candidate: None
     replaces: bool = False
+    tasks: tuple[str, ...] = tuple(TASK_TYPES)
     ships: Count | None = None
     tuner: Path | None = None
 
@@ -95,13 +97,13 @@ def refused(error: ValueError, place: str) -> UserError:
 
 def task_settings(model: nn.Module, task: str) -> dict[str, Any]:
     """What every PEFT configuration is told of the task: its type, and the head to train."""
-    heads = sorted(head_modules(model)) if task != "causal-lm" else None
+    heads = sorted(head_modules(model)) if is_labelled(task) else None
     return {"task_type": TASK_TYPES[task], "modules_to_save": heads}
 
 
 def head_parameters(model: nn.Module, task: str) -> int:
     """Weights of the head that a task needs anew."""
-    heads = head_modules(model).values() if task != "causal-lm" else ()
+    heads = head_modules(model).values() if is_labelled(task) else ()
     return sum(weight.numel() for head in heads for weight in head.parameters())
 
 

@@ -68,7 +68,6 @@ METHOD = Method(
     paper="arXiv:2305.14314",
     family="reparameterisation",
     merges=True,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 
 from schemas.errors import UserError
-from schemas.recipe import Source, Task
+from schemas.recipe import Source
 from schemas.rows import COLUMNS, Kind
+from schemas.tasks import TASKS, Task
 from tasks.prepare.blocks import Layout
 from tasks.prepare.sources import Readable
 
@@ -17,6 +18,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "completion": ("answer", "response", "output", "target", "solution"),
     "text": ("sentence", "content", "body", "question", "utterance", "review", "document"),
     "label": ("category", "intent", "class", "tag", "target", "topic"),
+    "spans": ("entities", "ents", "slots", "annotations", "labels"),
+}
+
+#: What has a label: the kinds of rows, the preferred first.
+KINDS: dict[str | None, list[Kind]] = {
+    None: ["chat", "completion"],
+    "row": ["label"],
+    "token": ["spans"],
 }
 
 #: Columns that an error lists by name before it counts the rest.
@@ -78,7 +87,7 @@ def kinds_of(task: Task, split: str) -> list[Kind]:
     """The kinds of rows that a split may hold, the preferred first."""
     if split == "retention":
         return ["text"]
-    return ["label"] if task == "sequence-classification" else ["chat", "completion"]
+    return KINDS[TASKS[task].labels]
 
 
 def closest_kind(kinds: list[Kind], sources: dict[str, str], columns: list[str]) -> Kind:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from schemas.errors import UserError
-from schemas.recipe import Data, Task
-from schemas.rows import Kind
+from schemas.recipe import Data
+from schemas.rows import TEXTS, Kind
+from schemas.tasks import Task, is_labelled
 from tasks.core.progress import warn
 from tasks.prepare.compose import ComposedTemplate
 from tasks.prepare.render import ChatTemplate, render_plain
@@ -30,7 +31,7 @@ class Reader:
     stops: frozenset[int]
 
     def rules(self, kind: Kind) -> Rules:
-        add_special = kind in ("label", "text") or self.template == "plain"
+        add_special = kind in TEXTS or self.template == "plain"
         return Rules(
             max_length=self.data.max_length,
             on_overflow=self.data.on_overflow,
@@ -43,7 +44,7 @@ class Reader:
 
     def text_rules(self, kind: Kind, *, compose: bool = True) -> TextRules:
         """compose: join the texts of chats from the template's literals, which is faster."""
-        if kind in ("label", "text"):
+        if kind in TEXTS:
             return TextRules()
         stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stops))
         if self.template == "plain":
@@ -85,7 +86,7 @@ def open_reader(base: Path, task: Task, data: Data, kinds: set[Kind]) -> Reader:
     check_length(base, data.max_length)
     backend.no_padding()
     backend.no_truncation()
-    if task == "sequence-classification":
+    if is_labelled(task):
         return Reader(tokenizer, backend, "none", data, frozenset())
     if tokenizer.eos_token_id is None:
         raise UserError.at(

@@ -7,7 +7,7 @@ contracts of `schemas/rows.py`.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from itertools import accumulate
 from typing import Any
@@ -22,8 +22,17 @@ DIGEST_BYTES = 16
 #: Between the parts of a row. No part of a row that is kept holds a NUL.
 SEPARATOR = " \0 "
 
+#: A place in a text beyond every text, and within 64 bits.
+FARTHEST = 1 << 40
+
+SPANS = pa.large_list(
+    pa.struct({"start": pa.int64(), "end": pa.int64(), "label": pa.large_string()})
+)
+SPAN_KEYS = ("start", "end", "label")
+
 Record = dict[str, Any]
 Row = tuple[Any, ...]
+Span = tuple[int, int, str]
 
 
 class Refusal(Exception):
@@ -93,6 +102,28 @@ def check_message(message: Record, name: str) -> None:
         raise Refusal(*(f"extra_key:{name}.{key}" for key in extra))
 
 
+def spans_of(record: Record, name: str, source: str) -> list[Span]:
+    """Spans by their start, each as (start, end, label)."""
+    value = record.get(source)
+    if type(value) is not list:
+        raise Refusal(f"missing:{name}" if value is None else f"wrong_type:{name}")
+    found = []
+    for span in value:
+        if type(span) is not dict:
+            raise Refusal(f"wrong_type:{name}")
+        for key in ("start", "end"):
+            if type(span.get(key)) is not int:
+                fault = "missing" if span.get(key) is None else "wrong_type"
+                raise Refusal(f"{fault}:{name}.{key}")
+            if abs(span[key]) > FARTHEST:
+                raise Refusal("span_out_of_range")
+        extra = [key for key, given in span.items() if key not in SPAN_KEYS and given is not None]
+        if extra:
+            raise Refusal(*(f"extra_key:{name}.{key}" for key in extra))
+        found.append((span["start"], span["end"], label_of(span, f"{name}.label", "label")))
+    return sorted(found)
+
+
 #: Column: how its value is read.
 READERS: dict[str, Callable[[Record, str, str], Any]] = {
     "messages": messages_of,
@@ -100,6 +131,7 @@ READERS: dict[str, Callable[[Record, str, str], Any]] = {
     "completion": text_of,
     "text": text_of,
     "label": label_of,
+    "spans": spans_of,
 }
 
 
@@ -137,7 +169,16 @@ def digest_of(kind: Kind, row: Row) -> bytes:
         return digest(row[0])
     if kind == "completion":
         return digest(["user", row[0], "assistant", row[1]])
+    if kind == "spans":
+        return digest([row[0], *span_parts(*row)])
     return digest(list(row))
+
+
+def span_parts(text: str, spans: list[Span]) -> Iterator[str]:
+    """Spans as they are compared: by their places in the normalised text."""
+    for start, end, label in spans:
+        places = (len(normalise(text[: max(0, place)])) for place in (start, end))
+        yield " ".join([*map(str, places), label])
 
 
 def to_table(kind: Kind, lines: list[int], rows: list[Row]) -> pa.Table:
@@ -149,6 +190,10 @@ def to_table(kind: Kind, lines: list[int], rows: list[Row]) -> pa.Table:
         ends = list(accumulate((len(messages) // 2 for (messages,) in rows), initial=0))
         structs = pa.StructArray.from_arrays(fields, ["role", "content"])
         columns["messages"] = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), structs)
+    elif kind == "spans":
+        columns["text"] = pa.array([text for text, _ in rows], pa.large_string())
+        dicts = [[dict(zip(SPAN_KEYS, span, strict=True)) for span in row] for _, row in rows]
+        columns["spans"] = pa.array(dicts, SPANS)
     else:
         for index, name in enumerate(COLUMNS[kind]):
             columns[name] = pa.array([row[index] for row in rows], pa.large_string())

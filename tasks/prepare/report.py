@@ -19,6 +19,7 @@ from tasks.core.progress import say
 from tasks.core.tokens import TokenRows
 from tasks.prepare.sources import recall
 from tasks.prepare.split import Split
+from tasks.prepare.tokenize import Tokenized
 
 #: Refused rows that are written at a time.
 BATCH_ROWS = 5000
@@ -71,9 +72,11 @@ def write_test_rows(kind: Kind, rows: Iterator[pl.DataFrame], path: Path) -> Non
                 file.write(json.dumps({"row": row["row"], **plain_words(kind, row)}) + "\n")
 
 
-def plain_words(kind: Kind, row: dict[str, Any]) -> dict[str, str]:
+def plain_words(kind: Kind, row: dict[str, Any]) -> dict[str, Any]:
     if kind == "label":
         return {"prompt": row["text"], "label": row["label"]}
+    if kind == "spans":
+        return {"prompt": row["text"], "spans": row["spans"]}
     if kind == "completion":
         return {"prompt": row["prompt"], "answer": row["completion"]}
     *before, last = row["messages"]
@@ -84,8 +87,10 @@ def plain_words(kind: Kind, row: dict[str, Any]) -> dict[str, str]:
     return {"prompt": prompt, "answer": last["content"]}
 
 
-def split_report(split: Split, rows: TokenRows, truncated: int) -> SplitReport:
+def split_report(split: Split, tokens: Tokenized) -> SplitReport:
     """The figures of one split. Asserts that no row has vanished."""
+    rows = tokens.rows
+    spans, cut = (None, None) if tokens.spans_N2 is None else tokens.spans_N2.sum(0).tolist()
     refused = split.refused_by_reason()
     kept = int(split.kept.sum())
     assert len(rows) == kept, f"{split.name}: {len(rows)} token rows for {kept} rows kept"
@@ -95,11 +100,13 @@ def split_report(split: Split, rows: TokenRows, truncated: int) -> SplitReport:
         rows_in=split.rows_in,
         rows_kept=kept,
         refused=refused,
-        truncated=truncated,
+        truncated=int(tokens.truncated.sum()),
         label_less=refused.get("no_answer_token", 0),
         tokens=len(rows.input_ids),
         answer_tokens=0 if rows.loss_mask is None else int(rows.loss_mask.sum()),
         lengths=histogram(rows),
+        spans=spans,
+        spans_cut=cut,
     )
 
 
@@ -128,9 +135,10 @@ def say_report(report: DataReport) -> None:
     """One line a split."""
     for name, split in report.splits.items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in split.refused.items())
+        spans = "" if split.spans is None else f", {split.spans} spans, {split.spans_cut} cut off"
         say(
             f"{name}: {split.rows_in} rows in = {split.rows_kept} kept + "
             f"{sum(split.refused.values())} refused{f' ({reasons})' if reasons else ''}; "
             f"{split.truncated} truncated, {split.label_less} label-less; "
-            f"{split.tokens} tokens"
+            f"{split.tokens} tokens{spans}"
         )

@@ -7,7 +7,7 @@ prompt and answer belongs to the answer, and is counted: the prompt alone ends i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tasks.prepare.locate import Located
 from tasks.prepare.render import Rendered
@@ -16,6 +16,7 @@ from tasks.prepare.render import Rendered
 CLOSING_TOKENS = 8
 
 Span = tuple[int, int]
+Value = TypeVar("Value")
 
 
 class Unfit(Exception):
@@ -147,4 +148,9 @@ def cut_text(ids: list[int], rules: Rules) -> tuple[list[int], bool]:
         return ids, False
     if rules.on_overflow == "refuse":
         raise Unfit(f"too_long:{len(ids)}")
-    return ids[: rules.max_length - rules.suffix] + ids[len(ids) - rules.suffix :], True
+    return shortened(ids, rules), True
+
+
+def shortened(values: list[Value], rules: Rules) -> list[Value]:
+    """What stands for the tokens that are left of a row that was cut."""
+    return values[: rules.max_length - rules.suffix] + values[len(values) - rules.suffix :]

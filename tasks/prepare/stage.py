@@ -13,13 +13,14 @@ from schemas.errors import UserError
 from schemas.recipe import HoldOut, Source
 from schemas.report import DataReport
 from schemas.stages import PrepareSpec
+from schemas.tasks import is_labelled
 from tasks.core.files import write_atomic
 from tasks.core.progress import warn
 from tasks.core.store import SCRATCH
 from tasks.prepare.blocks import Layout
 from tasks.prepare.compose import Mismatch
 from tasks.prepare.ingest import Ingested, frames_of, ingest, write_rows
-from tasks.prepare.labels import settle_labels
+from tasks.prepare.labels import head_labels, settle_labels
 from tasks.prepare.layout import find_layout
 from tasks.prepare.reader import Reader, open_reader
 from tasks.prepare.report import (
@@ -57,7 +58,7 @@ def run(spec: PrepareSpec, paths: dict[str, Path], out: Path) -> dict[str, Any]:
     if spec.data.test_rows is not None:
         tokens["test"] = sample(splits["test"], tokens["test"], spec.data.test_rows)
     labels = None
-    if spec.task == "sequence-classification":
+    if is_labelled(spec.task):
         labels = settle_labels(spec, splits, tokens)
     return write(spec, out, splits, tokens, reader, labels)
 
@@ -202,16 +203,13 @@ def write(
         task=spec.task,
         template=reader.template,
         max_length=spec.data.max_length,
-        splits={
-            name: split_report(split, tokens[name].rows, int(tokens[name].truncated.sum()))
-            for name, split in splits.items()
-        },
+        splits={name: split_report(split, tokens[name]) for name, split in splits.items()},
         labels=labels or {},
     )
     refused = write_quarantine(list(splits.values()), out / "quarantine.parquet")
     assert refused == sum(sum(split.refused.values()) for split in report.splits.values())
     if labels is not None:
-        write_atomic(out / "labels.json", json.dumps(list(labels), ensure_ascii=False))
+        write_atomic(out / "labels.json", json.dumps(head_labels(spec, labels), ensure_ascii=False))
     write_atomic(out / "data_report.json", report.model_dump_json(indent=1))
     say_report(report)
     return facts_of(report)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -20,12 +21,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from schemas.rows import Kind
+from schemas.rows import LABELLED, Kind
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
 from tasks.prepare.locate import Located, byte_tokens
+from tasks.prepare.records import Span as RowSpan
 from tasks.prepare.render import Render, Rendered, TemplateRefused
 from tasks.prepare.spans import Counts, Rules, Span, Unfit, causal_row, cut_text
+from tasks.prepare.tags import Tags
 
 #: Rows that are encoded at a time: enough for all cores, few enough to stay in their caches.
 BATCH_ROWS = 2048
@@ -52,16 +55,21 @@ class Tokenized:
     """The token rows of a split (without labels), and what became of each row given.
 
     refused: place of the row among those given, its reason. truncated: of the rows kept.
+    types: of spans, as they are numbered here. spans_N2: each kept row's spans, and those cut.
     """
 
     rows: TokenRows
     truncated: NDArray[np.bool_]
     refused: dict[int, str]
     counts: Counts
+    types: list[str] = field(default_factory=list)
+    spans_N2: NDArray[np.int64] | None = None
 
     def keep(self, chosen: NDArray[np.bool_]) -> Tokenized:
         """Of the token rows only those of a mask."""
-        return replace(self, rows=take(self.rows, chosen), truncated=self.truncated[chosen])
+        spans_N2 = None if self.spans_N2 is None else self.spans_N2[chosen]
+        rows, truncated = take(self.rows, chosen), self.truncated[chosen]
+        return replace(self, rows=rows, truncated=truncated, spans_N2=spans_N2)
 
 
 def tokenize_split(
@@ -79,7 +87,8 @@ def tokenize_split(
     tokenizer: a `tokenizers.Tokenizer`. label: what the bar says.
     """
     counts, refused = Counts(), dict[int, str]()
-    gathered, truncated = Gathered(causal=kind != "label"), list[bool]()
+    gathered, truncated = Gathered(causal=kind not in LABELLED), list[bool]()
+    tags = Tags() if kind == "spans" else None
 
     def texts() -> Iterator[tuple[list[str], Batch]]:
         start = 0
@@ -88,7 +97,12 @@ def tokenize_split(
             yield batch.render(kind, text, refused), batch
             start += len(frame)
 
-    table = byte_tokens(tokenizer, add_special=rules.add_special, suffix=rules.suffix)
+    # Spans ask where every token stands, not a few of them.
+    table = (
+        byte_tokens(tokenizer, add_special=rules.add_special, suffix=rules.suffix)
+        if tags is None
+        else None
+    )
     encode = tokenizer.encode_batch if table is None else tokenizer.encode_batch_fast
     special = rules.add_special
 
@@ -111,6 +125,8 @@ def tokenize_split(
                     else:
                         ids, cut = cut_text(encoding.ids, rules)
                         learned = text_span(ids) if kind == "text" else []
+                    if tags is not None:
+                        tags.add(*batch.marked(index), encoding.offsets, rules, cut=cut)
                 except Unfit as unfit:
                     refused[batch.start + index] = str(unfit.args[0])
                     continue
@@ -120,7 +136,11 @@ def tokenize_split(
                 truncated.append(cut)
             gathered.add(rows, spans, batch.frame["row"].to_numpy()[good])
             progress.advance(len(batch.frame))
-    return Tokenized(gathered.finish(), np.array(truncated, bool), refused, counts)
+    done = Tokenized(gathered.finish(), np.array(truncated, bool), refused, counts)
+    if tags is None:
+        return done
+    rows_labelled = tags.label(done.rows)
+    return replace(done, rows=rows_labelled, types=list(tags.types), spans_N2=tags.counts_N2)
 
 
 @contextmanager
@@ -154,6 +174,15 @@ class Batch:
         """Place in the frame, encoding and rendering of each row that was encoded."""
         rendered: Sequence[Rendered | None] = self.rendered or [None] * len(encodings)
         return zip(self.indices, encodings, rendered, strict=True)
+
+    def marked(self, index: int) -> tuple[str, list[RowSpan]]:
+        """The text of a row and its spans."""
+        texts, spans = self._columns
+        return texts[index], [(span["start"], span["end"], span["label"]) for span in spans[index]]
+
+    @cached_property
+    def _columns(self) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        return self.frame["text"].to_list(), self.frame["spans"].to_list()
 
     def render(self, kind: Kind, text: TextRules, refused: dict[int, str]) -> list[str]:
         """The texts to encode; rows that cannot be rendered are left out."""
@@ -279,4 +308,6 @@ def take(rows: TokenRows, chosen: NDArray[np.bool_]) -> TokenRows:
         source_rows=rows.source_rows[chosen],
         loss_mask=None if rows.loss_mask is None else rows.loss_mask[tokens],
         answer_start=None if rows.answer_start is None else rows.answer_start[chosen],
+        token_labels=None if rows.token_labels is None else rows.token_labels[tokens],
+        token_chars=None if rows.token_chars is None else rows.token_chars[tokens],
     )

@@ -23,6 +23,13 @@ UNITS = {
 }
 
 
+#: What a classifier does with a text of another kind.
+GIVES = {
+    "sequence-classification": "one of them to any text",
+    "token-classification": "spans of them in any text, as JSON with their characters",
+}
+
+
 def model_card(
     spec: RegisterSpec,
     report: CriteriaReport,
@@ -128,7 +135,7 @@ def limits(
             lines.append("- A prompt is shown to the model through its chat template.")
     else:
         lines.append(
-            "- It knows only its own labels, and gives one of them to any text; "
+            f"- It knows only its own labels, and gives {GIVES[spec.task]}; "
             f"a text is cut at {data.max_length} tokens."
         )
     if serving["base"]:

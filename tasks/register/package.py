@@ -22,6 +22,7 @@ from typing import Any
 from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
+from schemas.tasks import is_labelled
 from tasks.core import quantised
 from tasks.core.bases import base_files, tokenizer_files
 from tasks.core.files import sha256_file, sha256_json
@@ -77,7 +78,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         "max_length": data.max_length,
         "max_new_tokens": spec.max_new_tokens,
         "stop_ids": stop_ids(spec, paths),
-        "labels": read_labels(paths["prepared"]) if spec.task != "causal-lm" else None,
+        "labels": read_labels(paths["prepared"]) if is_labelled(spec.task) else None,
         "base": base,
     }
     manifests = lineage(paths)

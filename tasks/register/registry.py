@@ -211,6 +211,8 @@ def signature(task: str, max_new_tokens: int) -> Any:
     if task == "causal-lm":
         params = ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)])
         return ModelSignature(inputs, Schema([ColSpec("string", "completion")]), params)
+    if task == "token-classification":
+        return ModelSignature(inputs, Schema([ColSpec("string", "spans")]))
     return ModelSignature(inputs, Schema([ColSpec("string", "label"), ColSpec("double", "score")]))
 
 

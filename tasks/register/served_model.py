@@ -6,7 +6,8 @@ adapter, or the examples of a prompt, with the content hash of the base), the to
 end an answer.
 
 A causal model answers prompts: plain text, or a conversation as a JSON list of
-`{"role": …, "content": …}`. A classifier gives each text its label and that label's probability.
+`{"role": …, "content": …}`. A classifier gives each text its label and that label's probability,
+or, where tokens have labels, the spans that it finds, as a JSON list.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from safetensors.numpy import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -37,6 +39,7 @@ from transformers import (
 MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
 }
 
 #: Rows that go through the model together. More is no faster on a CPU and costs memory.
@@ -65,7 +68,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """One row out for one row in: `completion`, or `label` and `score`.
+        """One row out for one row in: `completion`, `label` and `score`, or `spans`.
 
         model_input: MLflow makes a frame of a list, too; the first column counts.
         params: max_new_tokens, for a causal model.
@@ -74,6 +77,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if self.serving["task"] == "causal-lm":
             longest = int((params or {}).get("max_new_tokens", self.serving["max_new_tokens"]))
             return pd.DataFrame({"completion": self.complete(rows, longest)})
+        if self.serving["task"] == "token-classification":
+            return pd.DataFrame({"spans": self.mark(rows)})
         return self.classify(rows)
 
     def encode(self, row: str) -> list[int]:
@@ -83,15 +88,23 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 conversation(row), tokenize=False, add_generation_prompt=True
             )
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if self.serving["task"] == "sequence-classification":
-            limit = self.serving["max_length"]
-            return list(self.tokenizer(row, truncation=True, max_length=limit)["input_ids"])
+        if self.serving["task"] != "causal-lm":
+            return list(self.encode_whole(row)["input_ids"])
         encoded = self.tokenizer(row, return_special_tokens_mask=True)
         ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
         while special and special[-1]:  # an answer follows, so the text does not end here
             special.pop()
             ids.pop()
         return ids
+
+    def encode_whole(self, row: str) -> Any:
+        """A text to classify, cut as in training, with the characters of each token."""
+        return self.tokenizer(
+            row,
+            truncation=True,
+            max_length=self.serving["max_length"],
+            return_offsets_mapping=True,
+        )
 
     def ask(self, row: str, max_new_tokens: int) -> list[int]:
         """The tokens that the model reads: those of a prompt, behind its examples if it has any."""
@@ -141,9 +154,27 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             }
         )
 
+    def mark(self, rows: list[str]) -> list[str]:
+        """The spans of each text, as JSON: start, end (characters, exclusive), label, text, and
+        score: the mean probability of its tokens' labels."""
+        encoded = [self.encode_whole(row) for row in rows]
+        logits = self.logits([list(one["input_ids"]) for one in encoded])
+        found = []
+        for row, one, logits_TC in zip(rows, encoded, logits, strict=True):
+            chars = [trimmed(row, *place) for place in one["offset_mapping"]]
+            best_T = logits_TC.double().softmax(dim=-1).max(dim=-1)
+            spans = spans_of(best_T.indices.tolist(), best_T.values.tolist(), chars)
+            for span in spans:
+                span["label"] = self.serving["labels"][span["label"]].removeprefix("B-")
+                span["text"] = row[span["start"] : span["end"]]
+                span["score"] = span.pop("score")
+            found.append(json.dumps(spans, ensure_ascii=False))
+        return found
+
     @torch.inference_mode()
     def logits(self, rows: list[list[int]]) -> list[torch.Tensor]:
-        """The logits of each row of tokens, float32: [T, vocabulary], or [classes]."""
+        """The logits of each row of tokens, float32: [T, vocabulary], [classes], or
+        [T, classes]."""
         if self.serving["task"] == "causal-lm":
             alone = (torch.tensor([row], device=self.device) for row in rows)
             # Behind a soft prompt, PEFT gives logits of its virtual tokens too, in front.
@@ -157,8 +188,42 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
             logits_BC = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits.float().cpu()
             for row, logits_C in zip(batch, logits_BC, strict=True):
-                found[row] = logits_C
+                # Where every token has some, those of the padding are left out.
+                found[row] = logits_C if logits_C.ndim == 1 else logits_C[: len(rows[row])]
         return found
+
+
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """A token's characters without white space at its ends, as in training."""
+    while start < end and text[start].isspace():
+        start += 1
+    while start < end and text[end - 1].isspace():
+        end -= 1
+    return start, end
+
+
+def spans_of(
+    labels: list[int], scores: list[float], chars: list[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """The spans that IOB2 labels spell: 0 is O, 1 + 2 k begins type k, 2 + 2 k goes on with it,
+    or starts a span after anything else. label: that of the type's beginning."""
+    found: list[dict[str, Any]] = []
+    parts: list[list[float]] = []
+    current = 0
+    for label, score, (start, end) in zip(labels, scores, chars, strict=True):
+        if start == end:  # a token that stands for no character
+            continue
+        begin = label - 1 + label % 2
+        if label and label != begin and begin == current:
+            found[-1]["end"] = end
+            parts[-1].append(score)
+        elif label:
+            found.append({"start": start, "end": end, "label": begin})
+            parts.append([score])
+        current = begin if label else 0
+    for span, part in zip(found, parts, strict=True):
+        span["score"] = sum(part) / len(part)
+    return found
 
 
 class Examples:

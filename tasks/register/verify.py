@@ -123,7 +123,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def expected_logits(
     rows: list[list[int]], paths: dict[str, Path], serving: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """What the finished entry gives, one row at a time, float32: [T, vocabulary] or [classes]."""
+    """What the finished entry gives, one row at a time, float32; shapes as `ServedModel.logits`."""
     model = load_trained(
         paths["base"],
         paths["finished"] / "model",

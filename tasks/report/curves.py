@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from schemas.report import CurvePoint
 from schemas.stages import PageSpec
+from schemas.tasks import TASKS
 from tasks.report.inputs import Inputs
 from tasks.report.plots import Plot, Style, layout, number, short, styles
 
@@ -29,7 +30,7 @@ def loss_plot(spec: PageSpec, inputs: Inputs) -> Plot | None:
             spoken.append(f"{label}: from {loss[0]:.3f} to {smooth[-1]:.3f}")
     if not traces:
         return None
-    unit = "nats a row" if inputs.data.task == "sequence-classification" else "nats a token"
+    unit = "nats a row" if TASKS[inputs.data.task].labels == "row" else "nats a token"
     axes = layout("Optimiser step", f"Training loss ({unit})")
     axes["hovermode"] = "x unified"
     # Below: above, many names run into the buttons.

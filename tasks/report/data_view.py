@@ -9,6 +9,7 @@ import polars as pl
 
 from schemas.report import DataReport, SplitReport
 from schemas.rows import REASONS
+from schemas.tasks import TASKS
 from tasks.report.examples import clipped
 
 #: Refused rows that are shown: one of each split and reason, no more than this in all.
@@ -45,12 +46,13 @@ class RefusedRow:
 
 @dataclass(frozen=True)
 class Labels:
-    """How many labels there are, and the rows that each has in train, most first."""
+    """How many labels there are, and the rows (or spans) that each has in train, most first."""
 
     count: int
     fewest: int
     most: int
     rows: list[tuple[str, int]]
+    what: str = "rows"
 
 
 def split_rows(data: DataReport) -> list[SplitRow]:
@@ -85,7 +87,17 @@ def labels(data: DataReport) -> Labels | None:
     if not data.labels:
         return None
     rows = sorted(data.labels.items(), key=lambda item: (-item[1], item[0]))
-    return Labels(len(rows), rows[-1][1], rows[0][1], rows)
+    what = "spans" if TASKS[data.task].labels == "token" else "rows"
+    return Labels(len(rows), rows[-1][1], rows[0][1], rows, what)
+
+
+def span_counts(data: DataReport) -> list[str]:
+    """The spans of each split, where rows have some, in words."""
+    return [
+        f"{name}: {split.spans:,} spans, {split.spans_cut:,} of them cut off at max_length"
+        for name, split in data.splits.items()
+        if split.spans is not None
+    ]
 
 
 def refused_rows(quarantine: Path) -> list[RefusedRow]:

@@ -52,6 +52,10 @@ class Figure:
 _KNOWN = [
     Figure("accuracy", "accuracy", "Accuracy", PERCENT, "higher", 1),
     Figure("macro_f1", "accuracy", "Macro F1", PERCENT, "higher", 1),
+    Figure("entity_f1", "accuracy", "Span F1", PERCENT, "higher", 1),
+    Figure("entity_precision", "accuracy", "Span precision", PERCENT, "higher", 1),
+    Figure("entity_recall", "accuracy", "Span recall", PERCENT, "higher", 1),
+    Figure("token_accuracy", "accuracy", "Token accuracy", PERCENT, "higher", 1),
     Figure("exact_match", "accuracy", "Exact match", PERCENT, "higher", 1),
     Figure("field_f1", "accuracy", "JSON field F1", PERCENT, "higher", 1),
     Figure("perplexity", "accuracy", "Perplexity", PLAIN, "lower", 2),

@@ -77,6 +77,7 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         reasons=data_view.reason_rows(inputs.data),
         refused=data_view.refused_rows(inputs.quarantine),
         labels=data_view.labels(inputs.data),
+        span_counts=data_view.span_counts(inputs.data),
         entries=provenance.entry_rows(inputs.manifests),
         facts=provenance.facts(inputs.manifests),
         recipe=provenance.without_directories(spec.recipe_yaml),

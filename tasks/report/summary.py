@@ -10,7 +10,7 @@ from tasks.report.inputs import BASE, Inputs
 from tasks.report.overhead import overhead_figure
 
 #: Which of the metrics stands for accuracy when the goal is none of them.
-PRIMARY = ("accuracy", "exact_match", "field_f1", "macro_f1", "perplexity", "loss")
+PRIMARY = ("accuracy", "entity_f1", "exact_match", "field_f1", "macro_f1", "perplexity", "loss")
 
 
 #: Metrics of answers that were generated, as opposed to losses of those that were expected.

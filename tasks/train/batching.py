@@ -17,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from schemas.errors import UserError
+from tasks.core.entities import IGNORED
 from tasks.core.tokens import TokenRows
 
 Rows = NDArray[np.int64]
 
 
-#: What a row that only fills a batch has for a label.
-IGNORED = -100
 #: Batches are filled up to multiples of these, so that products have few different shapes:
 #: oneDNN compiles, and keeps about 1 MB of code, for every new one.
 TOKEN_ALIGN = 64
@@ -57,7 +56,7 @@ class Batch:
     input_ids_BL: right-padded rows, or packed ones in a single row [1, T].
     tokens: real tokens, padding excluded.
     predict_N: for a causal task, positions in the flattened [B * L] whose next token is learned.
-    targets_N: those next tokens; the labels for classification.
+    targets_N: those next tokens; for classification the label of each row, or of each position.
     attention_mask_BL: None where no real token can see padding.
     position_ids_BL: of packed rows, each of which starts at 0.
     row_ends: [rows + 1], from 0: where packed rows begin and end.
@@ -200,17 +199,28 @@ def collate(rows: TokenRows, index: Rows, task: str, pad_id: int) -> Batch:
         return Batch(
             torch.from_numpy(input_ids_BL), tokens, *_next_tokens(input_ids_BL, learned_BL)
         )
-    assert rows.labels is not None
     fill = -len(index) % ROW_ALIGN if len(index) > ROW_ALIGN else 0
     input_ids_BL = np.pad(input_ids_BL, ((0, fill), (0, 0)), constant_values=pad_id)
+    targets = _labels(rows, index, flat_BL, real_BL)
+    targets = np.pad(targets, ((0, fill), (0, 0)), constant_values=IGNORED)
     real_BL = np.pad(real_BL, ((0, fill), (0, 0)))
     real_BL[:, 0] = True
     return Batch(
         torch.from_numpy(input_ids_BL),
         tokens,
-        targets_N=torch.from_numpy(np.pad(rows.labels[index], (0, fill), constant_values=IGNORED)),
+        targets_N=torch.from_numpy(targets.reshape(-1)),
         attention_mask_BL=None if real_BL.all() else torch.from_numpy(real_BL.astype(np.int64)),
     )
+
+
+def _labels(
+    rows: TokenRows, index: Rows, flat_BL: NDArray[np.int64], real_BL: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """What is learned of some rows: [B, 1], or [B, L] where every token has a label."""
+    if rows.token_labels is not None:
+        return np.where(real_BL, rows.token_labels[flat_BL], IGNORED).astype(np.int64)
+    assert rows.labels is not None
+    return rows.labels[index][:, None]
 
 
 def collate_packed(rows: TokenRows, index: Rows, pad_id: int = 0) -> Batch:
@@ -241,16 +251,19 @@ def collate_packed(rows: TokenRows, index: Rows, pad_id: int = 0) -> Batch:
 
 
 def answer_tokens(rows: TokenRows, task: str) -> NDArray[np.int64]:
-    """What the loss is averaged over: learned tokens of each row, or 1 a row, [rows].
+    """What the loss is averaged over: learned tokens of each row, or 1 a labelled row, [rows].
 
     Raises:
         UserError: rows that teach nothing. Prepare refuses them, so the file was made elsewhere.
     """
-    if task != "causal-lm":
+    if task != "causal-lm" and rows.token_labels is None:
         return np.ones(len(rows), dtype=np.int64)
-    assert rows.loss_mask is not None
-    learned = rows.loss_mask.astype(np.int64)
-    learned[rows.offsets[:-1]] = 0
+    if rows.token_labels is not None:
+        learned = (rows.token_labels != IGNORED).astype(np.int64)
+    else:
+        assert rows.loss_mask is not None
+        learned = rows.loss_mask.astype(np.int64)
+        learned[rows.offsets[:-1]] = 0
     counts = np.add.reduceat(learned, rows.offsets[:-1])
     empty = np.flatnonzero(counts == 0)
     if len(empty):

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tasks.core.entities import IGNORED
 from tasks.methods import soft
-from tasks.train.batching import IGNORED, Batch
+from tasks.train.batching import Batch
 
 #: Bytes of logits that one block may have.
 BLOCK_BYTES = 24 << 20
@@ -111,9 +112,9 @@ def loss_sum(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor
         logits = soft.run(
             model, input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL
         ).logits
-        return F.cross_entropy(
-            logits.float(), batch.targets_N, reduction="sum", ignore_index=IGNORED
-        )
+        # [rows, classes], or [rows, L, classes] for every token.
+        logits_NC = logits.float().flatten(0, -2)
+        return F.cross_entropy(logits_NC, batch.targets_N, reduction="sum", ignore_index=IGNORED)
     hidden_NH = hidden_states(model, batch).index_select(0, batch.predict_N)
     return head_loss(output_head(model), hidden_NH, batch.targets_N, dtype)
 

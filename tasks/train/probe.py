@@ -28,6 +28,7 @@ def probe_rows(rows: TokenRows) -> TokenRows:
         source_rows=np.arange(2),
         loss_mask=np.ones(len(ids), dtype=np.uint8),
         labels=np.zeros(2, dtype=np.int64),
+        token_labels=None if rows.token_labels is None else np.zeros(len(ids), dtype=np.int32),
     )
 
 
@@ -43,7 +44,9 @@ def own_loss(model: nn.Module, rows: TokenRows, task: str, device: torch.device)
             own = logits[0, -ids.shape[1] : -1]
             total += float(F.cross_entropy(own, ids[0, 1:], reduction="sum"))
         else:
-            total += float(F.cross_entropy(logits, torch.zeros(1).long().to(device)))
+            logits_NC = logits.flatten(0, -2)
+            first_N = torch.zeros(len(logits_NC), dtype=torch.long, device=device)
+            total += float(F.cross_entropy(logits_NC, first_N, reduction="sum"))
     return total
 
 

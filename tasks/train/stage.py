@@ -14,6 +14,7 @@ import torch
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec, keyed
+from schemas.tasks import is_labelled
 from tasks.core import runtime
 from tasks.core.files import sha256_file, sha256_json, write_atomic
 from tasks.core.models import load_base, read_labels
@@ -131,7 +132,7 @@ def read_rows(spec: TrainSpec, prepared: Path) -> tuple[TokenRows, list[str] | N
     if len(rows) == 0:
         place = prepared / TOKENS
         raise UserError.at(place, "no rows to train on", "see the data report for what was refused")
-    return rows, read_labels(prepared) if spec.task == "sequence-classification" else None
+    return rows, read_labels(prepared) if is_labelled(spec.task) else None
 
 
 def identity(spec: TrainSpec, prepared: Path) -> str:

@@ -95,7 +95,7 @@ GPT3 = {
 
 
 def batch_of(task: str) -> Batch:
-    rows = full_rows(192, 64)
+    rows = full_rows(192, 64, "causal-lm")
     index = torch.arange(len(rows)).numpy()
     return collate_packed(rows, index) if task == "causal-lm" else collate(rows, index, task, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,7 +107,13 @@ def test_micro_batch_has_no_padding_and_keeps_the_answers(causal, rows: TokenRow
     batch = micro_batch(rows, "sequence-classification", 50)
     assert batch.inputs["input_ids"].shape == (10, 5)
     assert batch.inputs["attention_mask"].all()
-    assert batch.labels_B.tolist() == [index % CLASSES for index in range(10)]
+    assert batch.labels_N.tolist() == [index % CLASSES for index in range(10)]
+    labels = np.arange(len(rows.input_ids), dtype=np.int32)
+    marked = micro_batch(replace(rows, token_labels=labels), "token-classification", 50)
+    assert torch.equal(marked.inputs["input_ids"], batch.inputs["input_ids"])
+    # Every token's own label, row by row: here its place among all tokens.
+    places = marked.labels_N.numpy()
+    assert np.array_equal(rows.input_ids[places], batch.inputs["input_ids"].flatten().numpy())
     batch = micro_batch(causal.test_rows, "causal-lm", 256)
     assert batch.inputs["attention_mask"].all()
     assert not batch.learned_BT[:, 0].any()

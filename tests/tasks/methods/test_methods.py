@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPTNeoXConfig,
@@ -71,6 +72,7 @@ DISTILBERT = DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidd
 BASES = {
     "causal-lm": lambda: LlamaForCausalLM(LLAMA),
     "sequence-classification": lambda: BertForSequenceClassification(BERT),
+    "token-classification": lambda: BertForTokenClassification(BERT),
 }
 CANDIDATES = {
     "full": Full(method="full"),
@@ -161,6 +163,7 @@ def test_an_adapter_starts_at_the_base_exactly(name, task):
     ("make", "heads"),
     [
         (BASES["sequence-classification"], {"bert.pooler", "classifier"}),
+        (BASES["token-classification"], {"classifier"}),
         (lambda: RobertaForSequenceClassification(ROBERTA), {"classifier"}),
         (lambda: DistilBertForSequenceClassification(DISTILBERT), {"pre_classifier", "classifier"}),
         (lambda: LlamaForSequenceClassification(LLAMA), {"score"}),

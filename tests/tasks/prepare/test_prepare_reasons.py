@@ -198,6 +198,7 @@ def test_every_reason_has_a_test() -> None:
         "oversized_line", "malformed_csv", "wrong_field_count",  # test_prepare_lossless.py
         "extra_key", "template_refused", "empty_text", "unknown_label", "not_sampled",
         "no_answer_token",  # test_prepare_tokens.py
+        "span_out_of_range", "overlapping_spans", "span_off_tokens",  # test_prepare_spans.py
     }  # fmt: skip
     assert tested | elsewhere == set(REASONS)
 

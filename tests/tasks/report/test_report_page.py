@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 
 from schemas.errors import UserError
-from schemas.report import Interval
+from schemas.report import Example, Interval
 from schemas.stages import PageSpec
 from tasks.report.inputs import Inputs, read_inputs
 from tasks.report.run import render, run
@@ -204,3 +204,27 @@ def test_classification_decodes_nothing(spec: PageSpec, inputs: Inputs) -> None:
     assert overhead["layout"]["xaxis"]["title"]["text"] == "Prefill, batch 1 (× base)"
     # The finished model was measured merged alone, and stands in the plot all the same.
     assert {trace.get("name") for trace in overhead["data"]} >= {*spec.labels, "finished"}
+
+
+def test_spans_are_counted_and_shown_one_a_line(spec: PageSpec, inputs: Inputs) -> None:
+    report = inputs.reports[spec.selected]
+    accuracy = report.accuracy.model_copy(
+        update={"metrics": {"entity_f1": report.accuracy.metrics["exact_match"]}}
+    )
+    example = Example(prompt="at nine", expected="time [3:7] nine", got="no span", right=False)
+    changed = report.model_copy(update={"accuracy": accuracy, "examples": [example]})
+    split = inputs.data.splits["train"].model_copy(update={"spans": 1234, "spans_cut": 5})
+    data = inputs.data.model_copy(
+        update={
+            "task": "token-classification",
+            "labels": {"date": 40, "time": 35},
+            "splits": inputs.data.splits | {"train": split},
+        }
+    )
+    goal = spec.model_copy(update={"goal": "entity_f1"})
+    reports = dict.fromkeys(inputs.reports, changed)
+    page = render(goal, Inputs(**(vars(inputs) | {"reports": reports, "data": data})))
+    assert "2 labels, 35 to 40 spans each in train" in page
+    assert "Train: 1,234 spans, 5 of them cut off at max_length." in page
+    assert "Span F1" in page
+    assert "nats a token" in page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -108,6 +110,26 @@ def test_a_batch_is_its_rows_padded(lengths):
     # What only fills the batch counts for nothing.
     assert (batch.targets_N[len(index) :] == IGNORED).all()
     assert batch.tokens == lengths.sum()
+
+
+@settings(deadline=None)
+@given(LENGTHS)
+def test_labels_of_tokens_stand_where_their_tokens_do(lengths):
+    """Slow reference: walk each row. The first token of each has no label."""
+    lengths = lengths + 1
+    rows = make_rows(lengths)
+    labels = np.arange(len(rows.input_ids), dtype=np.int32) % 5
+    labels[rows.offsets[:-1]] = IGNORED
+    rows = dataclasses.replace(rows, labels=None, token_labels=labels)
+    batch = collate(rows, np.arange(len(lengths)), "token-classification", pad_id=2)
+    assert batch.targets_N.shape == (batch.input_ids_BL.numel(),)
+    found = batch.targets_N.view(batch.input_ids_BL.shape)
+    for line in range(len(found)):
+        expected = np.full(found.shape[1], IGNORED)
+        if line < len(lengths):
+            expected[: lengths[line]] = labels[rows.place(line)]
+        assert np.array_equal(found[line].numpy(), expected)
+    assert answer_tokens(rows, "token-classification").tolist() == [n - 1 for n in lengths]
 
 
 @settings(deadline=None)

@@ -12,14 +12,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
+from schemas.tasks import TASKS
+from tasks.core.entities import IGNORED
 from tasks.core.models import TUNER, load_base, load_trained
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.batches import run_on
+from tasks.methods.table import METHODS
 from tasks.train import memory, placement, stage
 from tasks.train.stage import run
 
@@ -43,7 +52,8 @@ def _two_threads() -> Iterator[None]:
 
 
 def write_rows(folder: Path, task: str, count: int = 120) -> None:
-    """Causal: rows count upwards. Classification: the label is the third of its first token."""
+    """Causal: rows count upwards. Classification: the label is the third of its first token, or
+    every token's own; the first token of a row has none."""
     draw = np.random.default_rng(0)
     lengths = draw.integers(6, 20, count)
     starts = draw.integers(3, 70, count)
@@ -53,13 +63,16 @@ def write_rows(folder: Path, task: str, count: int = 120) -> None:
     mask = np.ones(len(ids), dtype=np.uint8)
     mask[offsets[:-1]] = 0
     causal = task == "causal-lm"
+    token_labels = (ids * 3 // CONFIG["vocab_size"]).astype(np.int32)
+    token_labels[offsets[:-1]] = IGNORED
     TokenRows(
         input_ids=ids.astype(np.int32),
         offsets=offsets,
         source_rows=np.arange(count) + 1,
         loss_mask=mask if causal else None,
         answer_start=np.ones(count, dtype=np.int64) if causal else None,
-        labels=None if causal else starts * 3 // 70,
+        labels=starts * 3 // 70 if task == "sequence-classification" else None,
+        token_labels=token_labels if task == "token-classification" else None,
     ).save(folder / "tokens" / "train.safetensors")
     if not causal:
         (folder / "labels.json").write_text(json.dumps(LABELS))
@@ -72,6 +85,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
     bases = {
         "causal-lm": LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=True)),
         "sequence-classification": BertForSequenceClassification(BertConfig(**CONFIG)),
+        "token-classification": BertForTokenClassification(BertConfig(**CONFIG)),
     }
     for task, model in bases.items():
         model.save_pretrained(root / task / "base")
@@ -103,12 +117,18 @@ OTHERS = [
     {"method": "p_tuning", "encoder": "lstm", "hidden_size": 8},
     {"method": "prefix_tuning"},
 ]
+#: Each with the tasks that it can be used for.
+USES = [
+    pytest.param(other, task, id=f"{other['method']}-{task}")
+    for other in OTHERS
+    for task in METHODS[other["method"]].tasks
+]
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("candidate", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_methods_learn_both_tasks_and_reload(tmp_path, places, task, candidate, dtype):
+def test_both_methods_learn_every_task_and_reload(tmp_path, places, task, candidate, dtype):
     steps = 60 if candidate == LORA else 30
     rate = 1e-2 if candidate == LORA else 5e-3
     spec = make_spec(task, candidate, dtype, learning_rate=rate, max_steps=steps)
@@ -138,8 +158,7 @@ def test_both_methods_learn_both_tasks_and_reload(tmp_path, places, task, candid
             assert (guesses == ids[0, 2:]).float().mean() >= 0.5
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
-@pytest.mark.parametrize("candidate", OTHERS, ids=[other["method"] for other in OTHERS])
+@pytest.mark.parametrize(("candidate", "task"), USES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate, dtype):
     """The loss falls, and a fresh base with the adapter differs from the base alone."""
@@ -207,7 +226,7 @@ def test_a_whole_model_is_in_its_dtype_with_its_tokenizer(tmp_path, places):
     assert "peftflow" not in json.dumps(config)
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize("task", TASKS)
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path, places, task):
     def train(name: str, seed: int) -> bytes:
         run(make_spec(task, LORA, max_steps=4, seed=seed), places[task], tmp_path / name)
@@ -217,13 +236,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path, pla
     assert train("c", 1) != train("d", 0)
 
 
-def test_micro_batches_bound_memory_and_not_the_result(tmp_path, places):
+@pytest.mark.parametrize("task", TASKS)
+def test_micro_batches_bound_memory_and_not_the_result(tmp_path, places, task):
     """float32, 4 steps: what is left is the rounding of sums in another order."""
     curves = []
     for budget in (32, 4096):
         out = tmp_path / str(budget)
-        spec = make_spec("causal-lm", LORA, max_steps=4, micro_batch_tokens=budget)
-        run(spec, places["causal-lm"], out)
+        spec = make_spec(task, LORA, max_steps=4, micro_batch_tokens=budget)
+        run(spec, places[task], out)
         curves.append([point["loss"] for point in json.loads((out / "curve.json").read_text())])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from tasks.train import attention
 from tasks.train.unpad import unpad
@@ -15,7 +21,10 @@ def _registered() -> None:
     attention.register()
 
 
-def bert() -> BertForSequenceClassification:
+HEADS = [BertForSequenceClassification, BertForTokenClassification]
+
+
+def bert(head=BertForSequenceClassification):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=100,
@@ -27,15 +36,16 @@ def bert() -> BertForSequenceClassification:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = BertForSequenceClassification(config)
+    model = head(config)
     model.set_attn_implementation(attention.NAME)
     return model
 
 
 @pytest.mark.parametrize("lengths", [[16, 7, 1], [70, 3, 3, 40], [9, 9], [1100, 5]])
-def test_logits_and_gradients_are_those_with_padding(lengths):
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_and_gradients_are_those_with_padding(lengths, head):
     """[9, 9] has no padding, 1,100 tokens go to PyTorch's own attention."""
-    model = bert()
+    model = bert(head)
     ids = torch.randint(0, 100, (len(lengths), max(lengths)))
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     results = []
@@ -44,6 +54,8 @@ def test_logits_and_gradients_are_those_with_padding(lengths):
             assert unpad(model.base_model)
         model.zero_grad()
         logits = model(input_ids=ids, attention_mask=mask).logits
+        if logits.ndim == 3:  # of every token: those of the padding are nobody's
+            logits = logits[mask.bool()]
         logits.square().sum().backward()
         grads = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
         results.append([logits.detach(), *grads])

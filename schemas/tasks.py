@@ -1,0 +1,44 @@
+"""The tasks, as data: what the stages ask of one, so that none of them has a branch for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Task = Literal["causal-lm", "sequence-classification", "token-classification"]
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What a task is.
+
+    labels: what has a label of its own, and so a head that is new for each task; None: answers
+        are generated.
+    metrics: the names of its figures, and whether more is better.
+    """
+
+    labels: Literal["row", "token"] | None
+    metrics: dict[str, bool]
+
+
+TASKS: dict[str, TaskKind] = {
+    "causal-lm": TaskKind(
+        None, {"exact_match": True, "field_f1": True, "perplexity": False, "loss": False}
+    ),
+    "sequence-classification": TaskKind("row", {"accuracy": True, "macro_f1": True, "loss": False}),
+    "token-classification": TaskKind(
+        "token",
+        {
+            "entity_f1": True,
+            "entity_precision": True,
+            "entity_recall": True,
+            "token_accuracy": True,
+            "loss": False,
+        },
+    ),
+}
+
+
+def is_labelled(task: str) -> bool:
+    """Whether a task has labels.json and a head of as many outputs."""
+    return TASKS[task].labels is not None
