@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = [
     ("inspect", ""),
     ("prepare", ""),
+    ("cost", ""),
     ("train", "lora-r4"),
     ("evaluate", "base"),
     ("evaluate", "lora-r4"),
