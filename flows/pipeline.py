@@ -124,7 +124,8 @@ class Working:
 
     def _fail(self, name: str, error: Exception) -> None:
         """Said at once, kept in the record, and in MLflow's run of that candidate."""
-        self.failed[name] = str(error)
+        # The log's place is of this machine; the line on the screen has it.
+        self.failed[name] = str(error).partition("\n    log:")[0]
         get_run_logger().warning("%s failed and is left out: %s", name, error)
         self._tracker.failed(name, str(error))
 

@@ -13,6 +13,9 @@ from tasks.register.gate import in_words, judge
 
 Figures = dict[str, float]
 
+#: As many other candidates have their figures in the reason; more are in the table.
+NAMED = 4
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -87,7 +90,7 @@ def _words(
     else:
         text = _preferred(select, goal, best, chosen, fitting)
     others = {label: found[goal] for label, found in fitting.items() if label != chosen}
-    if others:
+    if 0 < len(others) <= NAMED:
         text += " (" + ", ".join(f"{label} {_number(value)}" for label, value in others.items())
         text += ")"
     bounds = " and ".join(f"{name} {bound}" for name, bound in select.subject_to.items())
@@ -108,10 +111,10 @@ def _preferred(
     own, top = fitting[chosen], fitting[best]
     assert select.prefer is not None
     least, most = own[select.prefer], top.get(select.prefer, math.nan)
-    share = f"1/{most / least:.3g} of its" if least and most / least >= 2 else "less"
+    share = f"{least / most:.0%} of its" if most else "less"
     return (
         f"{chosen} has the {goal} {_number(own[goal])}, not told apart from the best ({best}, "
-        f"{_number(top[goal])}), at {share} {select.prefer} ({_number(least)} to {_number(most)})"
+        f"{_number(top[goal])}), at {share} {select.prefer}"
     )
 
 
