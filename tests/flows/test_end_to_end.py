@@ -35,6 +35,7 @@ STAGES = [
     ("train", "lora-r4"),
     ("evaluate", "base"),
     ("evaluate", "lora-r4"),
+    ("compare", ""),
     ("merge", "lora-r4"),
     ("evaluate", "finished"),
     ("report", ""),
@@ -71,7 +72,10 @@ def test_the_record_says_all_that_was_done(ended: Any) -> None:
     assert [(line["stage"], line["label"]) for line in record["stages"]] == STAGES
     assert not any(line["cached"] for line in record["stages"])
     assert all(len(line["key"]) == 40 for line in record["stages"])
-    assert "<html" in Path(record["report"]).read_text()[:2000].lower()
+    page = Path(record["report"]).read_text()
+    assert "<html" in page[:2000].lower()
+    # What was predicted of the candidate, from the step that tells costs.
+    assert 'id="predicted"' in page
     criteria = ("storage", "memory", "computation", "accuracy", "inference_overhead")
     for subject in (record["base"], *record["candidates"], record["finished"]):
         assert all(subject[criterion] for criterion in criteria)
