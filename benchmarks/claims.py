@@ -143,13 +143,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--banking77", type=Path)
     parser.add_argument("--causal", type=Path)
+    parser.add_argument("--quick", action="store_true", help="the same: it takes seconds")
     arguments = parser.parse_args()
     rows = of_shapes()
     if arguments.banking77:
         rows += of_run(last_record(arguments.banking77), "banking77", "accuracy")
     if arguments.causal:
         rows += of_run(last_record(arguments.causal), "quickstart", "loss")
-    write("claims", rows, quick=False)
+    write("claims", rows, quick=arguments.quick)
 
 
 if __name__ == "__main__":
