@@ -3,10 +3,10 @@
     python benchmarks/comparing.py [RECIPE] [--home DIR] [--jobs N] [--alone CANDIDATE]
 
 Reads the record of the recipe's last run in DIR (`peftflow run RECIPE --home DIR`), or of one that
-it makes itself: what each stage took when it was made. A run of one candidate makes the same stages for itself alone: the
-rows, the base's own figures, its search, trainings and evaluation, and what follows a selection
-(merge, the finished model's evaluation, comparison, report, registration). Their sum over all
-candidates is what single runs cost; stages that are cached cost nothing twice.
+it makes itself: what each stage took when it was made. A run of one candidate makes the same
+stages for itself alone: the rows, the base's own figures, its search, trainings and evaluation, and
+what follows a selection (merge, the finished model's evaluation, comparison, report, registration).
+Their sum over all candidates is what single runs cost; stages that are cached cost nothing twice.
 
 With --alone one candidate is really run by itself in an empty home, to check that arithmetic. Times
 with --jobs are those of stages that shared the machine, so the ratio counts stage seconds on both
