@@ -59,7 +59,7 @@ SIZES = {
     # The narrowest that bitsandbytes quantises.
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
 CONFIGS = {
@@ -152,9 +152,14 @@ def on_meta(task: str, name: str, dtype: str = "float32") -> torch.nn.Module:
     return candidate_on_meta(copy.deepcopy(CONFIGS[task]), task, CANDIDATES[name], dtype)
 
 
-def refused(task: str, name: str) -> bool:
-    """Layers that are computed again would lose these virtual tokens: training says so too."""
-    return task != "causal-lm" and name == "prefix_tuning"
+#: Name, task, checkpointing: every method with each kind of attention, and where layers that are
+#: computed again may keep something else, that too.
+PASSES = [
+    *((name, "causal-lm", again) for name in CANDIDATES for again in (False, True)),
+    *((name, "sequence-classification", False) for name in CANDIDATES),
+    *((name, "sequence-classification", True) for name in ("full", "lora", "prompt_tuning")),
+    ("lora", "token-classification", False),
+]
 
 
 def test_every_method_is_here():
@@ -162,13 +167,9 @@ def test_every_method_is_here():
     assert given == set(METHODS)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("task", CONFIGS)
-@pytest.mark.parametrize("name", CANDIDATES)
-def test_a_dry_run_is_the_run_without_its_numbers(bases, task, name, checkpointing):
+@pytest.mark.parametrize(("name", "task", "checkpointing"), PASSES)
+def test_a_dry_run_is_the_run_without_its_numbers(bases, name, task, checkpointing):
     """The same ledger over the real model: bytes kept, peaks and FLOPs, to the last one."""
-    if checkpointing and (task == "token-classification" or refused(task, name)):
-        pytest.skip("the same as for a label a row, or refused")
     train = Train(gradient_checkpointing=checkpointing)
     model = placed(on_meta(task, name), task, train, "meta")
     dry.without_numbers(model)
@@ -264,8 +265,8 @@ def test_a_prompt_trains_nothing_and_is_served_with_its_examples(bases, tmp_path
     found = run(both, {"base": bases["causal-lm"]}, tmp_path)["candidates"]
     plain, own = found["zero_shot"], found[PROMPTS[name].label]
     assert (own["trainable_parameters"], own["training_mib"], own["shipped_mib"]) == (0, None, None)
-    # Keys and values of 6 layers, 2 heads of 16, in bfloat16, for 8 rows of three examples.
-    examples = 2 * 6 * 2 * 16 * 2 * 8 * (3 * 64 if name == "few_shot" else 0)
+    # Keys and values of 3 layers, 2 heads of 16, in bfloat16, for 8 rows of three examples.
+    examples = 2 * 3 * 2 * 16 * 2 * 8 * (3 * 64 if name == "few_shot" else 0)
     assert (own["inference_mib"] - plain["inference_mib"]) * 2**20 == examples
 
 
@@ -299,7 +300,9 @@ def test_flops_are_those_of_torch(bases, task, name):
 @pytest.mark.parametrize("trained_blocks", [6, 2])
 def test_a_few_blocks_tell_what_all_of_them_cost(trained_blocks):
     """Also where the last two blocks alone learn: two runs of blocks that are alike."""
-    model = on_meta("causal-lm", "full")
+    config = copy.deepcopy(CONFIGS["causal-lm"])
+    config.num_hidden_layers, config.layer_types = 6, None
+    model = candidate_on_meta(config, "causal-lm", CANDIDATES["full"], "float32")
     model.requires_grad_(False)
     for block in model.model.layers[-trained_blocks:]:
         block.requires_grad_(True)
