@@ -64,7 +64,7 @@ class Home:
 
     @property
     def diverged(self) -> Path:
-        return self.cache / "diverged.json"
+        return self.cache / "diverged"
 
     @property
     def cache(self) -> Path:

@@ -33,18 +33,23 @@ class Memory:
 
 
 class Diverged:
-    """Trainings that diverged, by key: they would again, and need not be tried to know it."""
+    """Trainings that diverged, by key: they would again, and need not be tried to know it.
 
-    def __init__(self, path: Path) -> None:
-        self._memory = Memory(path)
+    A file for each, since several are told of at once.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
     def check(self, key: str) -> None:
         """Raise the DivergedError that a training of this key ended with."""
-        if (message := self._memory.get(key)) is not None:
-            raise DivergedError(message)
+        path = self._directory / f"{key}.txt"
+        if path.exists():
+            raise DivergedError(path.read_text())
 
     def put(self, key: str, error: DivergedError) -> None:
-        self._memory.put(key, str(error))
+        self._directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._directory / f"{key}.txt", str(error))
 
 
 class FileHashes:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from flows import remember
-from flows.remember import FileHashes, Memory
+from flows.remember import Diverged, FileHashes, Memory
+from schemas.errors import DivergedError
 
 
 def settle(path: Path) -> None:
@@ -79,3 +80,17 @@ def test_a_broken_memory_is_an_empty_one(tmp_path: Path) -> None:
     assert memory.get("a") is None
     memory.put("a", 1)
     assert Memory(path).get("a") == 1
+
+
+def test_what_diverged_is_known_to_those_who_looked_before_it_did(tmp_path: Path) -> None:
+    """Several trainings are under way at once, and each has looked before it began."""
+    one, other = Diverged(tmp_path / "diverged"), Diverged(tmp_path / "diverged")
+    for each in (one, other):
+        each.check("a")
+        each.check("b")
+    one.put("a", DivergedError("at step 3"))
+    other.put("b", DivergedError("at step 5"))
+    for key, words in (("a", "step 3"), ("b", "step 5")):
+        with pytest.raises(DivergedError, match=words):
+            one.check(key)
+    one.check("c")
