@@ -10,7 +10,7 @@ Their sum over all candidates is what single runs cost; stages that are cached c
 
 With --alone one candidate is really run by itself in an empty home, to check that arithmetic. Times
 with --jobs are those of stages that shared the machine, so the ratio counts stage seconds on both
-sides; the wall time of the joint run stands beside it.
+sides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,6 @@ def main() -> None:
         record = last_record(home, yaml.safe_load(arguments.recipe.read_text())["name"])
     shared, own = shares(record)
     joint, single = shared + sum(own.values()), sum(shared + seconds for seconds in own.values())
-    wall = datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])
     rows = [
         Result("candidates", len(own), ""),
         Result("seeds", len(record["seeds"]), ""),
@@ -109,7 +107,6 @@ def main() -> None:
         Result("together", round(joint, 1), "s of stages"),
         Result("each by itself", round(single, 1), "s of stages"),
         at_most("together, each by itself = 1", joint / single, "×", 1.0),
-        Result("together, by the clock", wall.total_seconds(), "s"),
     ]
     if arguments.alone:
         sum_s = shared + own[arguments.alone]
