@@ -113,7 +113,9 @@ def main() -> None:
         rows.append(Result(f"{arguments.alone} alone, from the sum above", round(sum_s, 1), "s"))
         measured = run_alone(arguments.recipe, arguments.alone, arguments.jobs, overrides)
         rows.append(Result(f"{arguments.alone} alone, really run", round(measured, 1), "s"))
-    write(f"comparing_{arguments.recipe.stem}", rows, quick=arguments.quick)
+    write(
+        f"comparing_{arguments.recipe.stem.removeprefix('methods-')}", rows, quick=arguments.quick
+    )
 
 
 if __name__ == "__main__":
