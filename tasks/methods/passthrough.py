@@ -220,7 +220,6 @@ METHOD = Method(
     paper="https://huggingface.co/docs/peft",
     family="of its type",
     merges=False,
-    tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
     build=build,

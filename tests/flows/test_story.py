@@ -296,7 +296,7 @@ def test_what_cannot_be_merged_is_registered_beside_its_base_and_said(place: Pat
     label = "bottleneck-sequential-16"
     outcome, hands = told(calls(place, candidates=candidates), **{label: 0.5})
     assert outcome.choice.label == label
-    assert "bottleneck cannot be merged and is served beside its base" in outcome.choice.why
+    assert "bottleneck is not merged and is served beside its base" in outcome.choice.why
     assert not any(step.call.stage == "merge" for step in hands.made)
     [registered] = [step for step in hands.made if step.call.stage == "register"]
     [trained] = [step for step in hands.made if step.title == f"train {label}"]
