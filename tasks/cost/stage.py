@@ -13,12 +13,14 @@ from schemas.candidates import Candidate, FewShot
 from schemas.cost import Cost, CostReport
 from schemas.errors import Problem, UserError
 from schemas.stages import CostSpec
+from schemas.tasks import reads_images
+from tasks.core.images import image_shape
 from tasks.core.models import read_labels
 from tasks.core.runtime import TORCH_DTYPES
 from tasks.core.shots import room_of
 from tasks.cost import memory
 from tasks.cost.dry import dry_run
-from tasks.cost.rows import mean_of
+from tasks.cost.rows import FullRow, mean_of
 from tasks.cost.shapes import base_on_meta, candidate_on_meta, config_of
 from tasks.methods import soft
 from tasks.methods.method import count_parameters, trained
@@ -79,7 +81,7 @@ def cost(
         train,
         spec.dtype,
         prepared,
-        spec.max_length,
+        full_row(spec, base),
         partial(method.course, model, candidate),
     )
     return Cost(
@@ -97,6 +99,14 @@ def cost(
         tokens=dry.load.tokens,
         gradient_checkpointing=train.gradient_checkpointing,
     )
+
+
+def full_row(spec: CostSpec, base: nn.Module) -> FullRow:
+    """What stands for rows that are not prepared. base: untouched."""
+    if not reads_images(spec.task):
+        return FullRow(spec.max_length)
+    shape = image_shape(base)
+    return FullRow(shape.tokens, shape.pixels)
 
 
 def examples_tokens(

@@ -1,0 +1,100 @@
+"""Encoded images (PNG, JPEG, …) as RGB pixels, or the reason why one is none.
+
+As `transformers.image_utils.load_image` reads them: turned as EXIF says, then RGB, so that a served
+model, which knows nothing of this project, sees the same. Formats are named one by one: Pillow
+would start Ghostscript for an EPS file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+
+#: Modes of 8 bits or fewer a channel. Others (16 bits, floats) would be clipped on their way to RGB.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+
+#: What stands before the bytes of an image in a text.
+BASE64 = "base64:"
+
+
+class BadPicture(Exception):
+    """Bytes that are no image to learn from. args: a reason code of `schemas.rows.REASONS`."""
+
+
+def encoded(reference: str, root: Path | None) -> bytes:
+    """The bytes that a reference names: `base64:…`, or a path relative to `root`.
+
+    root: None where there is no directory to be relative to.
+
+    Raises:
+        BadPicture: there is no such file.
+    """
+    if reference.startswith(BASE64):
+        try:
+            return base64.b64decode(reference.removeprefix(BASE64), validate=True)
+        except binascii.Error:
+            raise BadPicture("not_an_image") from None
+    if root is None:
+        raise BadPicture("no_file")
+    try:
+        return (root / reference).read_bytes()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        raise BadPicture("no_file") from None
+
+
+def decode(data: bytes) -> Image:
+    """The image as RGB, every pixel of it read.
+
+    Raises:
+        BadPicture: it is empty, no image, cut short, too large, or of a kind that RGB would change.
+    """
+    from PIL import Image, ImageOps
+
+    if not data:
+        raise BadPicture("empty_image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that nobody reads
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+            check(opened)
+            opened.load()
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (BadPicture, MemoryError):
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadPicture("image_too_large") from None
+    except Image.UnidentifiedImageError:
+        raise BadPicture("not_an_image") from None
+    except Exception:
+        # Each of Pillow's decoders has exceptions of its own for bytes that are wrong or missing.
+        raise BadPicture("broken_image") from None
+
+
+def check(image: Image) -> None:
+    """Raise a BadPicture for what could be opened and is not one plain picture."""
+    if 0 in image.size:
+        raise BadPicture("empty_image")
+    if image.mode not in MODES:
+        raise BadPicture(f"image_mode:{image.mode}")
+    frames = getattr(image, "n_frames", 1)
+    # A phone's JPEG holds a preview as its second frame.
+    if frames > 1 and image.format != "MPO":
+        raise BadPicture(f"several_frames:{frames}")
+
+
+def content_digest(image: Image, size: int) -> bytes:
+    """`size` bytes that are the same for images of the same pixels, however they are encoded."""
+    width, height = image.size
+    head = f"{width} {height} ".encode()
+    return blake2b(head + image.tobytes(), digest_size=size).digest()
