@@ -3,6 +3,9 @@
 As `transformers.image_utils.load_image` reads them: turned as EXIF says, then RGB, so that a served
 model, which knows nothing of this project, sees the same. Formats are named one by one: Pillow
 would start Ghostscript for an EPS file.
+
+A registered version carries this file, so that it reads images by the same rules. It imports
+nothing but Pillow.
 """
 
 from __future__ import annotations
@@ -50,6 +53,16 @@ def encoded(reference: str, root: Path | None) -> bytes:
         return (root / reference).read_bytes()
     except (OSError, ValueError):  # ValueError: a NUL in the name
         raise BadPicture("no_file") from None
+
+
+def sent(value: str | bytes) -> bytes:
+    """The bytes of an image as a request carries them: as they are, or in base64, which JSON has
+    in their place (MLflow takes it out again from some forms of a request and not from others)."""
+    text = value.encode() if isinstance(value, str) else value
+    try:
+        return base64.b64decode(text.strip().removeprefix(BASE64.encode()), validate=True)
+    except binascii.Error:
+        return text
 
 
 def decode(data: bytes) -> Image:

@@ -8,6 +8,7 @@ criteria.json    the five criteria, measured on this very model
 data_report.json what became of the rows
 manifest.json    hashes of data, base and files; git state; library versions
 README.md        the model card
+pictures.py      of a model of images: how a file becomes pixels
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
-from schemas.tasks import is_labelled
-from tasks.core import quantised
+from schemas.tasks import is_labelled, reads_images
+from tasks.core import pictures, quantised
 from tasks.core.bases import base_files, tokenizer_files
 from tasks.core.files import sha256_file, sha256_json
 from tasks.core.models import load_config, load_tokenizer, read_labels
@@ -53,7 +54,7 @@ class Package:
     report: CriteriaReport
     serving: dict[str, Any]
     card: str
-    example: list[str]
+    example: list[str] | list[bytes]
     requirements: list[str]
 
 
@@ -82,7 +83,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         "base": base,
     }
     manifests = lineage(paths)
-    example = [row.text for row in held_out_rows(paths["prepared"], EXAMPLE_ROWS)]
+    example: Any = [row.text for row in held_out_rows(paths["prepared"], EXAMPLE_ROWS)]
     card = model_card(spec, report, data, manifests, serving, example)
     write_json(directory / "serving.json", serving)
     write_json(
@@ -93,6 +94,8 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
     shutil.copyfile(paths["evaluated"] / "criteria.json", directory / "criteria.json")
     shutil.copyfile(paths["prepared"] / "data_report.json", directory / "data_report.json")
     (directory / "README.md").write_text(card)
+    if reads_images(spec.task):
+        shutil.copyfile(pictures.__file__, directory / "pictures.py")
     return Package(
         directory=directory,
         key=key_of_version(spec, manifests),
@@ -101,7 +104,9 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         serving=serving,
         card=card,
         example=example,
-        requirements=requirements(is_adapter, quantised.read(finished) is not None),
+        requirements=requirements(
+            is_adapter, quantised.read(finished) is not None, reads_images(spec.task)
+        ),
     )
 
 
@@ -157,7 +162,9 @@ def stop_ids(spec: RegisterSpec, paths: Paths) -> list[int]:
     return sorted(found)
 
 
-def requirements(is_adapter: bool, is_quantised: bool = False) -> list[str]:
+def requirements(
+    is_adapter: bool, is_quantised: bool = False, has_images: bool = False
+) -> list[str]:
     """What the version needs to be loaded and asked, pinned; MLflow adds itself.
 
     A local version label (`+cpu`, `+cu128`) names a build, not a release, and is left off.
@@ -167,6 +174,8 @@ def requirements(is_adapter: bool, is_quantised: bool = False) -> list[str]:
     names = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "mlflow"]
     if is_adapter:
         names += ["peft", "accelerate"]
+    if has_images:
+        names.append("pillow")
     if is_quantised:
         names.append("bitsandbytes")
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]

@@ -7,7 +7,8 @@ end an answer.
 
 A causal model answers prompts: plain text, or a conversation as a JSON list of
 `{"role": …, "content": …}`. A classifier gives each text its label and that label's probability,
-or, where tokens have labels, the spans that it finds, as a JSON list.
+or, where tokens have labels, the spans that it finds, as a JSON list. Images come as the bytes of
+a file (PNG, JPEG, …), in JSON as base64; a path is not read.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -40,6 +43,7 @@ MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
 }
 
 #: Rows that go through the model together. More is no faster on a CPU and costs memory.
@@ -50,17 +54,22 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """What `mlflow.pyfunc.load_model(...).predict(rows, params)` calls."""
 
     examples: Examples | None = None
+    processor: Any = None
 
     def load_context(self, context: Any) -> None:
         package = Path(context.artifacts["package"])
         self.serving: dict[str, Any] = json.loads((package / "serving.json").read_text())
         whole = self.serving["base"] is None
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            package / ("model" if whole else "tokenizer")
-        )
+        reader = package / ("model" if whole else "tokenizer")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(package, self.serving).to(self.device).eval()
-        self.pad_id = pad_id_of(self.model, self.tokenizer)
+        if (package / "pictures.py").exists():
+            self.pictures = import_file(package / "pictures.py")
+            # On Pillow, as in training: torchvision, where it is installed, resizes otherwise.
+            self.processor = AutoImageProcessor.from_pretrained(reader, backend="pil")
+        else:
+            self.tokenizer = AutoTokenizer.from_pretrained(reader)
+            self.pad_id = pad_id_of(self.model, self.tokenizer)
         self.batch_rows = batch_rows(self.model)
         if (package / "model" / "examples.safetensors").exists():
             self.examples = Examples(package / "model")
@@ -73,7 +82,10 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         model_input: MLflow makes a frame of a list, too; the first column counts.
         params: max_new_tokens, for a causal model.
         """
-        rows = [str(row) for row in model_input.iloc[:, 0]]
+        rows = list(model_input.iloc[:, 0])
+        if self.processor is not None:
+            return self.classify(rows)
+        rows = [str(row) for row in rows]
         if self.serving["task"] == "causal-lm":
             longest = int((params or {}).get("max_new_tokens", self.serving["max_new_tokens"]))
             return pd.DataFrame({"completion": self.complete(rows, longest)})
@@ -81,8 +93,11 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return pd.DataFrame({"spans": self.mark(rows)})
         return self.classify(rows)
 
-    def encode(self, row: str) -> list[int]:
-        """The tokens of a prompt or a text, as in training."""
+    def encode(self, row: Any) -> Any:
+        """The tokens of a prompt or a text, or the pixels of an image, as in training."""
+        if self.processor is not None:
+            image = self.pictures.decode(self.pictures.sent(row))
+            return self.processor(image, return_tensors="np")["pixel_values"][0]
         if self.serving["template"] == "chat":
             text = self.tokenizer.apply_chat_template(
                 conversation(row), tokenize=False, add_generation_prompt=True
@@ -106,8 +121,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return_offsets_mapping=True,
         )
 
-    def ask(self, row: str, max_new_tokens: int) -> list[int]:
-        """The tokens that the model reads: those of a prompt, behind its examples if it has any."""
+    def ask(self, row: Any, max_new_tokens: int) -> Any:
+        """The tokens or pixels that the model reads: those of a prompt, behind its examples if it has any."""
         prompt = self.encode(row)
         if self.examples is None:
             return prompt
@@ -139,8 +154,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def ends(self, token: int) -> bool:
         return token in self.serving["stop_ids"]
 
-    def classify(self, rows: list[str]) -> pd.DataFrame:
-        """The most probable label of each text, and its probability."""
+    def classify(self, rows: list[Any]) -> pd.DataFrame:
+        """The most probable label of each text or image, and its probability."""
         names = self.model.config.id2label
         logits_NC = self.logits([self.encode(row) for row in rows])
         scores_NC = torch.stack(logits_NC).softmax(dim=-1) if rows else torch.zeros(0, len(names))
@@ -172,8 +187,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return found
 
     @torch.inference_mode()
-    def logits(self, rows: list[list[int]]) -> list[torch.Tensor]:
-        """The logits of each row of tokens, float32: [T, vocabulary], [classes], or
+    def logits(self, rows: list[Any]) -> list[torch.Tensor]:
+        """The logits of each row of tokens (or pixels), float32: [T, vocabulary], [classes], or
         [T, classes]."""
         if self.serving["task"] == "causal-lm":
             alone = (torch.tensor([row], device=self.device) for row in rows)
@@ -184,13 +199,22 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             ]
         found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         for batch in batches(rows, self.batch_rows):
-            inputs = padded([rows[row] for row in batch], self.pad_id, left=False)
-            ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
-            logits_BC = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits.float().cpu()
+            inputs = self.inputs([rows[row] for row in batch])
+            logits_BC = self.model(**inputs).logits.float().cpu()
             for row, logits_C in zip(batch, logits_BC, strict=True):
                 # Where every token has some, those of the padding are left out.
                 found[row] = logits_C if logits_C.ndim == 1 else logits_C[: len(rows[row])]
         return found
+
+
+    def inputs(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        """What a classifier is called with for some rows."""
+        if self.processor is not None:
+            return {"pixel_values": torch.from_numpy(np.stack(rows)).to(self.device)}
+        ids_BT, mask_BT = (
+            tensor.to(self.device) for tensor in padded(rows, self.pad_id, left=False)
+        )
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
 
 def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
@@ -351,10 +375,17 @@ def keep_as_loaded(model: Any) -> None:
 def import_tuner(path: Path) -> None:
     """Run the file of a tuner that PEFT lacks, which makes it known to PEFT. What is loaded next
     gets the tuner of its own version, whatever other versions this process has loaded."""
-    name = f"peftflow_tuner_{sha256_file(path)[:12]}"
+    name, before = module_name(path), set(sys.modules)
+    tuner = import_file(path)
+    if name in before:
+        tuner.register()
+
+
+def import_file(path: Path) -> Any:
+    """A module that travels with the version. Another version's file is another module."""
+    name = module_name(path)
     if name in sys.modules:
-        sys.modules[name].register()
-        return
+        return sys.modules[name]
     found: Any = importlib.util.spec_from_file_location(name, path)
     # Before it runs: dataclasses look their module up by name.
     sys.modules[name] = importlib.util.module_from_spec(found)
@@ -363,9 +394,14 @@ def import_tuner(path: Path) -> None:
     except Exception as error:
         del sys.modules[name]
         raise RuntimeError(
-            f"{path} cannot be run with the PEFT that is installed ({error}); install the "
+            f"{path} cannot be run with the packages that are installed ({error}); install the "
             "version's own requirements"
         ) from error
+    return sys.modules[name]
+
+
+def module_name(path: Path) -> str:
+    return f"peftflow_{path.stem}_{sha256_file(path)[:12]}"
 
 
 def find_base(base: dict[str, Any]) -> Path:
