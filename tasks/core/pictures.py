@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF")
 
 #: Modes of 8 bits or fewer a channel. Others (16 bits, floats) would be clipped on their way to RGB.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+
+#: The longer side of an image that is shown, pixels.
+SHOWN = 96
 
 #: What stands before the bytes of an image in a text.
 BASE64 = "base64:"
@@ -57,10 +62,11 @@ def encoded(reference: str, root: Path | None) -> bytes:
 
 def sent(value: str | bytes) -> bytes:
     """The bytes of an image as a request carries them: as they are, or in base64, which JSON has
-    in their place (MLflow takes it out again from some forms of a request and not from others)."""
+    in their place (MLflow takes it out again from some forms of a request and not from others). No
+    format that is read here is spelt in letters and digits alone."""
     text = value.encode() if isinstance(value, str) else value
     try:
-        return base64.b64decode(text.strip().removeprefix(BASE64.encode()), validate=True)
+        return base64.b64decode(b"".join(text.removeprefix(BASE64.encode()).split()), validate=True)
     except binascii.Error:
         return text
 
@@ -111,3 +117,14 @@ def content_digest(image: Image, size: int) -> bytes:
     width, height = image.size
     head = f"{width} {height} ".encode()
     return blake2b(head + image.tobytes(), digest_size=size).digest()
+
+
+def data_uri(pixels_CHW: NDArray[np.uint8]) -> str:
+    """RGB pixels as a small PNG that stands within a page."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels_CHW.transpose(1, 2, 0))
+    image.thumbnail((SHOWN, SHOWN))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
