@@ -154,8 +154,8 @@ def criteria(
                 prefill_p95_ms=3.9 * batch**0.4 * (1 if merged else overhead),
                 token_p50_ms=2.2 * batch**0.2 * (1 if merged else overhead),
                 token_p95_ms=2.6 * batch**0.2 * (1 if merged else overhead),
-                prefill_ratio=1.01 if merged else overhead,
-                token_ratio=0.99 if merged else overhead,
+                prefill_ratio=interval(1.01 if merged else overhead, 0.03),
+                token_ratio=interval(0.99 if merged else overhead, 0.03),
             )
             for batch in (1, 8)
             for merged in MERGED.get((subject, method), [False])
