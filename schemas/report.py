@@ -100,6 +100,9 @@ class Memory(Strict):
 class Computation(Strict):
     forward_flops_per_token: float
     backward_flops_per_token: float | None
+    train_flops_per_token: float | None = Field(
+        None, description="Forward and backward, as the run was trained: the train stage's count."
+    )
     step_time_s: float | None = Field(description="Median of the optimiser steps.")
     train_tokens_per_s: float | None
     flops_ratio_to_full: float | None = Field(description="Forward + backward, of full tuning's.")
