@@ -89,7 +89,7 @@ class TrainSpec(Spec):
     a prompt), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 
@@ -107,7 +107,7 @@ class EvaluateSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     task: Task
     subject: Literal["base", "candidate", "finished"]
@@ -171,7 +171,7 @@ class PageSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     recipe_name: str
     recipe_yaml: str

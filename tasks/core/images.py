@@ -94,9 +94,9 @@ class Processor:
         Raises:
             UserError: the processor makes something else of them than the base reads.
         """
-        found = self._own(
-            list(images), do_rescale=False, do_normalize=False, return_tensors="np"
-        )["pixel_values"]
+        found = self._own(list(images), do_rescale=False, do_normalize=False, return_tensors="np")[
+            "pixel_values"
+        ]
         if found.dtype != np.uint8 or found.shape[1:] != self.shape.pixels:
             raise UserError.at(
                 self._place,
@@ -149,4 +149,3 @@ def load_processor(base: Path) -> Any:
         raise UserError.at(
             base / PROCESSOR, f"cannot be loaded: {str(error).splitlines()[0]}", FIX
         ) from error
-

@@ -107,9 +107,7 @@ def model_on_meta(config: Any, task: str, place: object, dtype: Dtype | None = N
 def require_kind(config: Any, task: str, place: object) -> None:
     """Raise a UserError for a base of which transformers makes no model for a task, such as one
     that reads text where rows are images."""
-    fitting = [
-        name for name, auto in MODEL_CLASSES.items() if type(config) in auto._model_mapping
-    ]
+    fitting = [name for name, auto in MODEL_CLASSES.items() if type(config) in auto._model_mapping]
     if task in fitting:
         return
     such = "ViT or DeiT" if reads_images(task) else "BERT" if task != "causal-lm" else "Llama"

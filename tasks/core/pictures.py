@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF")
 
-#: Modes of 8 bits or fewer a channel. Others (16 bits, floats) would be clipped on their way to RGB.
+#: Modes of 8 bits or fewer a channel: others (16 bits, floats) would be clipped in RGB.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 #: The longer side of an image that is shown, pixels.
@@ -77,7 +77,7 @@ def decode(data: bytes) -> Image:
     Raises:
         BadPicture: it is empty, no image, cut short, too large, or of a kind that RGB would change.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not data:
         raise BadPicture("empty_image")
@@ -93,7 +93,7 @@ def decode(data: bytes) -> Image:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadPicture("image_too_large") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadPicture("not_an_image") from None
     except Exception:
         # Each of Pillow's decoders has exceptions of its own for bytes that are wrong or missing.

@@ -37,9 +37,7 @@ class FullRow:
     pixels: tuple[int, int, int] | None = None
 
 
-def load_of(
-    prepared: Path | None, task: str, train: Train, layout: Layout, full: FullRow
-) -> Load:
+def load_of(prepared: Path | None, task: str, train: Train, layout: Layout, full: FullRow) -> Load:
     """The largest micro-batch and, from real rows, the steps."""
     rows = full_rows(layout.budget, full, task) if prepared is None else _read(prepared)
     plan = Plan(rows.lengths, train.batch_tokens, train.seed)

@@ -40,11 +40,12 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
     config = config_of(paths.get("base"), spec.shape, len(labels) if labels else None)
     torch.set_num_threads(1)
     base = base_on_meta(config, spec.task, spec.dtype)
+    full = full_row(spec, base)
     problems: list[Problem] = []
     found: dict[str, Cost] = {}
     for index, candidate in enumerate(spec.candidates):
         try:
-            found[candidate.label] = cost(spec, config, candidate, prepared, base)
+            found[candidate.label] = cost(spec, config, candidate, prepared, base, full)
         except UserError as error:
             problems += [placed(problem, index) for problem in error.problems]
     if problems:
@@ -55,9 +56,14 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
 
 
 def cost(
-    spec: CostSpec, config: Any, candidate: Candidate, prepared: Path | None, base: nn.Module
+    spec: CostSpec,
+    config: Any,
+    candidate: Candidate,
+    prepared: Path | None,
+    base: nn.Module,
+    full: FullRow,
 ) -> Cost:
-    """One candidate's figures. base: untouched."""
+    """One candidate's figures. base: untouched. full: what stands for rows without `prepared`."""
     method = method_for(candidate.method, spec.task)
     model = candidate_on_meta(config, spec.task, candidate, spec.dtype)
     serving = partial(memory.inference, model, config, spec.task, spec.evaluate, spec.dtype)
@@ -81,7 +87,7 @@ def cost(
         train,
         spec.dtype,
         prepared,
-        full_row(spec, base),
+        full,
         partial(method.course, model, candidate),
     )
     return Cost(

@@ -21,7 +21,6 @@ from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import Subject, read_subject
 from tasks.methods.table import method_for
 
-
 #: Why nothing says what a classifier has forgotten.
 NO_RETENTION = {
     "text": "not measured, a classifier has no language head to measure it with",
@@ -90,9 +89,7 @@ def warn_if_base(model: torch.nn.Module, base: torch.nn.Module, prepared: Path) 
     rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
     few = range(min(len(rows), 8))
     with torch.inference_mode():
-        own, other = (
-            run_on(each, classified(rows, few, each)).logits for each in (model, base)
-        )
+        own, other = (run_on(each, classified(rows, few, each)).logits for each in (model, base))
     if torch.equal(own, other):
         warn(
             f"on the first {len(few)} test rows the subject's logits are the base's, bit for bit: "

@@ -2,7 +2,8 @@
 
 One base serves many tasks only if going from one adapter to another is cheap and leaves nothing
 behind. So the subject's adapter is loaded with nine others, which are files of their own like
-those of other tasks: its weights, each set scaled by another factor.
+those of other tasks: its weights, each set scaled by another factor. What is drawn and not learned
+(VeRA's projections, which all adapters on a base share) is the same in each.
 """
 
 from __future__ import annotations
@@ -76,18 +77,23 @@ def load_others(pool: Any, subject: Subject) -> list[str]:
     assert subject.model_dir is not None
     weights = load_file(subject.model_dir / "adapter_model.safetensors")
     names = [f"other{number}" for number in range(1, ADAPTERS)]
+    # By the last part of the name: the layer that holds such a buffer is not the one that it is
+    # saved under.
+    drawn = {name.removesuffix(f".{FIRST}").split(".")[-1] for name, _ in pool.named_buffers()}
+    learned = [
+        key
+        for key, tensor in weights.items()
+        if tensor.is_floating_point() and key.split(".")[-1] not in drawn
+    ]
     with tempfile.TemporaryDirectory() as directory:
         shutil.copy(subject.model_dir / "adapter_config.json", directory)
         for number, name in enumerate(names, start=1):
-            scaled = {key: scaled_by(1 + number / 50, tensor) for key, tensor in weights.items()}
-            save_file(scaled, Path(directory, "adapter_model.safetensors"), {"format": "pt"})
+            scaled = {key: weights[key] * (1 + number / 50) for key in learned}
+            save_file(
+                weights | scaled, Path(directory, "adapter_model.safetensors"), {"format": "pt"}
+            )
             pool.load_adapter(directory, name, torch_device=str(runtime.device()))
     return names
-
-
-def scaled_by(factor: float, tensor: torch.Tensor) -> torch.Tensor:
-    """Another adapter's weights; what is counted, and not learned, stays."""
-    return tensor * factor if tensor.is_floating_point() else tensor
 
 
 def median_swap_ms(pool: Any, names: list[str]) -> float:

@@ -27,9 +27,7 @@ def answer_request(model_uri: str, request: Path, answer: Path) -> None:
     """Write the logits of each row, and what the version itself makes of each that is sent."""
     served = registry.load_served(model_uri, os.environ["MLFLOW_TRACKING_URI"])
     # One row at a time: padding changes sums, and the difference is to be zero.
-    logits = {
-        str(index): served.logits([row])[0] for index, row in enumerate(read_rows(request))
-    }
+    logits = {str(index): served.logits([row])[0] for index, row in enumerate(read_rows(request))}
     save_file(
         {name: row.contiguous() for name, row in logits.items()}, answer / "logits.safetensors"
     )

@@ -206,7 +206,6 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 found[row] = logits_C if logits_C.ndim == 1 else logits_C[: len(rows[row])]
         return found
 
-
     def inputs(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         """What a classifier is called with for some rows."""
         if self.processor is not None:

@@ -13,8 +13,7 @@ from tasks.report.inputs import Inputs
 PREDICTED: dict[str, Callable[[Cost], float | None]] = {
     "trainable_parameters": lambda cost: cost.trainable_parameters,
     "train_peak_mib": lambda cost: cost.training_mib["total"] if cost.training_mib else None,
-    "forward_flops_per_token": lambda cost: cost.forward_flops_per_token,
-    "backward_flops_per_token": lambda cost: cost.backward_flops_per_token,
+    "train_flops_per_token": lambda cost: cost.flops_per_token,
 }
 
 
