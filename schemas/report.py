@@ -115,8 +115,8 @@ class Accuracy(Strict):
     metrics: dict[str, Interval] = Field(
         description="sequence- and image-classification: accuracy, macro_f1, loss. causal-lm: "
         "exact_match, field_f1 (where answers are JSON objects), perplexity, loss (nats per answer "
-        "token). token-classification: entity_f1, entity_precision, entity_recall, token_accuracy, loss "
-        "(nats per token)."
+        "token). token-classification: entity_f1, entity_precision, entity_recall, "
+        "token_accuracy, loss (nats per token)."
     )
     rows: int
     retention_loss: float | None = Field(description="Nats per token of general text.")

@@ -62,8 +62,8 @@ REASONS: dict[str, str] = {
     "image_mode": "pixels that 8-bit RGB would change; their mode in Pillow follows",
     "several_frames": "an animation or several pages; their number follows",
     "image_too_large": "an image above 89 million pixels",
-    "duplicate_of": "equal, after normalisation (an image: pixel for pixel, whatever its label), to "
-    "the row at the line that follows",
+    "duplicate_of": "equal, after normalisation (an image: pixel for pixel, whatever its label), "
+    "to the row at the line that follows",
     "leaks_into_test": "a train row equal, in that way, to the test row at the line that follows",
     "template_refused": "the model's chat template raised an error",
     "control_token": "text that spells one of the tokenizer's special tokens",

@@ -79,7 +79,9 @@ def right_padded(rows: Sequence[Row], pad_id: int) -> Inputs:
     return {"input_ids": torch.from_numpy(ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
 
 
-def classified(rows: TokenRows, index: Sequence[int], model: torch.nn.Module) -> Inputs:
+def classified(
+    rows: TokenRows, index: Sequence[int] | NDArray[np.int64], model: torch.nn.Module
+) -> Inputs:
     """What a classifier reads of some rows: texts side by side, or images."""
     if rows.pixels is not None:
         return {"pixel_values": torch.from_numpy(rows.images(np.asarray(index)))}

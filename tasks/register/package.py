@@ -9,6 +9,7 @@ data_report.json what became of the rows
 manifest.json    hashes of data, base and files; git state; library versions
 README.md        the model card
 pictures.py      of a model of images: how a file becomes pixels
+examples.py      of a prompt with examples: which of them stand before a question
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from tasks.core import pictures, quantised
 from tasks.core.bases import base_files, tokenizer_files
 from tasks.core.files import sha256_file, sha256_json
 from tasks.core.models import load_config, load_tokenizer, read_labels
-from tasks.core.shots import is_prompt
+from tasks.core.shots import EXAMPLES, is_prompt
 from tasks.core.store import read_manifest
 from tasks.core.tokens import TokenRows
 from tasks.register.asked import held_out_rows
 from tasks.register.card import model_card
+
+HERE = Path(__file__).parent
 
 #: Held-out rows that stand in a version as an example of its input.
 EXAMPLE_ROWS = 2
@@ -96,6 +99,8 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
     (directory / "README.md").write_text(card)
     if reads_images(spec.task):
         shutil.copyfile(pictures.__file__, directory / "pictures.py")
+    if (finished / EXAMPLES).exists():
+        shutil.copyfile(HERE / "served_examples.py", directory / "examples.py")
     return Package(
         directory=directory,
         key=key_of_version(spec, manifests),
