@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 
 #: Modes of 8 bits or fewer a channel: others (16 bits, floats) would be clipped in RGB.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -81,11 +81,14 @@ def decode(data: bytes) -> Image:
 
     if not data:
         raise BadPicture("empty_image")
+    Image.init()
+    # Pillow fails, in other words, on one that it was built without.
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+            opened = Image.open(io.BytesIO(data), formats=formats)
             check(opened)
             opened.load()
             return ImageOps.exif_transpose(opened).convert("RGB")
