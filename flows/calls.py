@@ -18,7 +18,7 @@ from flows.home import Home
 from flows.hub import base_directory, sources
 from flows.machine import Dtype, resolve_dtype
 from flows.remember import FileHashes
-from schemas.candidates import Candidate, TrainOverrides
+from schemas.candidates import TrainOverrides
 from schemas.errors import Problem, StageError, UserError
 from schemas.load import resolve
 from schemas.manifest import FileFormat
@@ -38,6 +38,7 @@ from schemas.stages import (
     TrainSpec,
 )
 from schemas.tasks import is_labelled
+from schemas.together import Candidate
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
 from tasks.core.store import read_manifest
 

@@ -17,9 +17,9 @@ from pydantic import BaseModel
 from flows.calls import Calls, Made, NotYetError, Step
 from flows.search import Searched, search_rate, wants_search
 from flows.select import Choice, choose
-from schemas.candidates import Candidate
 from schemas.errors import StageError, UserError
 from schemas.report import Comparison, CriteriaReport, GateVerdict, Registration
+from schemas.together import Candidate
 from tasks.register.gate import judge
 
 T = TypeVar("T")

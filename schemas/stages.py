@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.candidates import Candidate
 from schemas.frozen import Frozen
 from schemas.manifest import FileFormat
 from schemas.recipe import Data, Evaluate, Finish, Train
 from schemas.report import Trial
 from schemas.tasks import Task
+from schemas.together import Candidate
 
 
 class Spec(Frozen):

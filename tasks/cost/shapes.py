@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from schemas.candidates import Candidate
 from schemas.errors import UserError
+from schemas.together import Candidate
 from tasks.core.models import MODEL_CLASSES, load_config, unquantised_modules
 from tasks.core.quantised import check_widths
 from tasks.core.runtime import TORCH_DTYPES, Dtype

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from schemas.candidates import Candidate, FewShot
+from schemas.candidates import FewShot
 from schemas.cost import Cost, CostReport
 from schemas.errors import Problem, UserError
 from schemas.stages import CostSpec
+from schemas.together import Candidate
 from tasks.core.models import read_labels
 from tasks.core.runtime import TORCH_DTYPES
 from tasks.core.shots import room_of

@@ -27,9 +27,10 @@ from pydantic import TypeAdapter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from schemas.candidates import Candidate, Full
+from schemas.candidates import Full
 from schemas.recipe import Train
 from schemas.report import Computation, CurvePoint
+from schemas.together import Candidate
 from tasks.core import runtime
 from tasks.core.progress import bar, warn
 from tasks.core.tokens import TokenRows

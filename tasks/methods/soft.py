@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from schemas.candidates import SoftPrompt
 from schemas.errors import UserError
-from tasks.methods.method import adapted, task_settings
+from tasks.methods.method import place, task_settings
 
 #: Keys and values of the virtual tokens, [1, K, V, D] each, layer by layer.
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -36,26 +36,25 @@ Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 FIRST_POSITIONS = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), 2)
 
 
-def build(
+def config(
     model: PreTrainedModel, candidate: SoftPrompt, task: str, kind: Any, **options: Any
-) -> nn.Module:
-    """The model wrapped by PEFT with a configuration of that kind.
+) -> PromptLearningConfig:
+    """What PEFT is told: a configuration of that kind.
 
     Sizes are given, as PEFT looks for them under names that not every kind of base has.
 
     Raises:
         UserError: a base whose layers do not see all virtual tokens.
     """
-    place = f"candidates[method={candidate.method}]"
-    check_base(model, place, task, options.pop("needs_cache", False))
-    config = kind(
+    check_base(model, place(candidate), task, options.pop("needs_cache", False))
+    made: PromptLearningConfig = kind(
         **task_settings(model, task),
         num_virtual_tokens=candidate.virtual_tokens,
         num_layers=model.config.num_hidden_layers,
         num_attention_heads=model.config.num_attention_heads,
         **options,
     )
-    return adapted(model, config, place)
+    return made
 
 
 def embedding_width(model: PreTrainedModel) -> int:
