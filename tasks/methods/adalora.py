@@ -28,6 +28,7 @@ from torch import nn
 
 from schemas.candidates import AdaLora
 from schemas.errors import Problem, StageError, UserError
+from tasks.core.adapters import CONFIG, WEIGHTS
 from tasks.core.files import write_atomic
 from tasks.core.progress import say, warn
 from tasks.methods.course import Course
@@ -194,7 +195,7 @@ class AdaLoraCourse(Course):
         return {"ranks": found}
 
     def export(self, adapter: Path) -> None:
-        path, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+        path, settings = adapter / WEIGHTS, adapter / CONFIG
         saved, record = load_file(path), json.loads(settings.read_text())
         scale = record["lora_alpha"] / (record["init_r"] + EPSILON)
         tensors, ranks = {}, {}

@@ -24,7 +24,9 @@ TASK_TYPES = {
     "token-classification": TaskType.TOKEN_CLS,
 }
 
-Family = Literal["none", "additive", "selective", "reparameterisation", "of its type"]
+Family = Literal[
+    "none", "additive", "selective", "reparameterisation", "of its type", "of its parts"
+]
 
 #: `config(model, candidate, task)`: what PEFT is told, from the base's shapes alone.
 Configure = Callable[[Any, Any, str], PeftConfig]
