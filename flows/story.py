@@ -115,7 +115,8 @@ def story(calls: Calls, hands: Hands) -> Outcome:
 
     finished, chosen = trained[choice.label], candidates[choice.label]
     if recipe.finish.merge and not chosen.MERGES and chosen.FORMAT != "transformers":
-        choice = replace(choice, why=f"{choice.why}; {chosen.method} {unmerged(chosen)}")
+        method = " with ".join(part.method for part in chosen.parts)
+        choice = replace(choice, why=f"{choice.why}; {method} {unmerged(chosen)}")
     if recipe.finish.merge and chosen.MERGES:
         finished = hands.make(calls.merge(choice.label, rows, finished))
     evaluated = hands.make(calls.evaluate("finished", rows, finished))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ def owner(parts: Sequence[PeftModel], name: str) -> PeftModel:
 
 def own_name(name: str) -> str:
     """A weight's name as it was before later adapters were put around its module."""
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 def put_on(base: Any, adapters: Mapping[str, Path]) -> nn.Module:
