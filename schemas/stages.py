@@ -73,10 +73,11 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
+    times: float = Field(1.0, description="So many times as large a base of the same kind.")
     candidates: list[Candidate]
     train: Train
     evaluate: Evaluate
@@ -165,7 +166,7 @@ class RegisterSpec(Spec):
 
 class PageSpec(Spec):
     """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished,
-    comparison, and cost where it was told.
+    comparison, and cost and larger (cost on a larger base) where they were told.
 
     The entry: report.html, one file that reads offline.
     """
