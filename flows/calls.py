@@ -142,13 +142,16 @@ class Calls:
         )
         return replace(self._train(candidate, rows, schedule), seed=seed)
 
-    def cost(self, rows: Made | None) -> Step:
-        """What each candidate would cost. rows: None where they are still to be prepared."""
+    def cost(self, rows: Made | None, times: float = 1.0) -> Step:
+        """What each candidate would cost.
+
+        rows: None where they are still to be prepared. times: on a base so many times as large.
+        """
         outside = {"base": self._hashes.of_files([self.base / "config.json"])}
         inputs = {"prepared": rows} if rows else {}
-        return self._step(
-            cost_spec(self.recipe, self.dtype), "report", inputs, self._with_base, outside
-        )
+        spec = cost_spec(self.recipe, self.dtype).model_copy(update={"times": times})
+        label = "" if times == 1 else f"base x {times:g}"
+        return self._step(spec, "report", inputs, self._with_base, outside, label)
 
     def trial(self, candidate: Candidate, rows: Made, search: Search, rate: float) -> Step:
         """A shorter training at another rate."""

@@ -19,6 +19,7 @@ from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.core.shots import room_of
 from tasks.cost import memory
 from tasks.cost.dry import dry_run
+from tasks.cost.larger import larger
 from tasks.cost.rows import mean_of
 from tasks.cost.shapes import base_on_meta, candidate_on_meta, config_of
 from tasks.methods import soft
@@ -37,6 +38,8 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
     prepared = paths.get("prepared")
     labels = read_labels(prepared) if prepared else None
     config = config_of(paths.get("base"), spec.shape, len(labels) if labels else None)
+    if spec.times != 1:
+        config = larger(config, spec.task, spec.dtype, spec.times)
     torch.set_num_threads(1)
     base = base_on_meta(config, spec.task, spec.dtype)
     problems: list[Problem] = []

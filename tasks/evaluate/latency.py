@@ -7,6 +7,7 @@ the machine does meets all of them. A disabled adapter is not the base: its wrap
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from schemas.recipe import Evaluate
-from schemas.report import Latency
+from schemas.report import Interval, Latency
 from tasks.core.progress import bar, warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
@@ -48,7 +49,8 @@ def how(evaluate: Evaluate, task: str, threads: int) -> str:
     return (
         f"forward pass over {lengths} prompt tokens{decoded}; "
         f"{WARM_UPS} warm-ups, {evaluate.repeats} repeats, models taking turns in one process "
-        f"({threads} threads); p50 and p95, ratio of the medians to the base's"
+        f"({threads} threads); p50 and p95; ratios to the base's of the same turn, their median "
+        "and its 95 % interval (order statistics, turns taken as independent)"
     )
 
 
@@ -166,7 +168,7 @@ def wait(device: torch.device) -> None:
 def summary(
     times: Times, base: Times, batch_size: int, prompt_tokens: int, merged: bool
 ) -> Latency:
-    """Quantiles of one model's times, and its medians over the base's."""
+    """Quantiles of one model's times, and its ratio to the base's."""
     decodes = bool(times.token)
     return Latency(
         batch_size=batch_size,
@@ -176,9 +178,32 @@ def summary(
         prefill_p95_ms=quantile(times.prefill, 0.95),
         token_p50_ms=quantile(times.token, 0.5) if decodes else None,
         token_p95_ms=quantile(times.token, 0.95) if decodes else None,
-        prefill_ratio=quantile(times.prefill, 0.5) / quantile(base.prefill, 0.5),
-        token_ratio=quantile(times.token, 0.5) / quantile(base.token, 0.5) if decodes else None,
+        prefill_ratio=median_ratio(times.prefill, base.prefill),
+        token_ratio=median_ratio(per_turn(times), per_turn(base)) if decodes else None,
     )
+
+
+def per_turn(times: Times) -> list[float]:
+    """Milliseconds of all tokens that were decoded after each prefill."""
+    turns = np.reshape(times.token, (len(times.prefill), -1))
+    return [float(turn) for turn in turns.sum(axis=1)]
+
+
+def median_ratio(own: list[float], base: list[float]) -> Interval:
+    """The median over turns of one model's time by the base's in the same turn.
+
+    What slows a turn down slows down both, so turns are compared and not medians. The interval is
+    that of a median, between two of its order statistics (Conover 1999, Practical Nonparametric
+    Statistics, 3.2); of fewer than six turns it is their whole range, and holds less than 95 %.
+    """
+    ratios = np.sort(np.asarray(own) / np.asarray(base))
+    count, outside = len(ratios), 0
+    # So many at either end are left out as 2.5 % of fair coins' tails allow.
+    while sum(math.comb(count, heads) for heads in range(outside + 1)) <= 0.025 * 2**count:
+        outside += 1
+    outside = max(outside, 1)
+    low, high = float(ratios[outside - 1]), float(ratios[count - outside])
+    return Interval(value=float(np.median(ratios)), low=low, high=high)
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -2,7 +2,8 @@
 
 One base serves many tasks only if going from one adapter to another is cheap and leaves nothing
 behind. So the subject's adapter is loaded with nine others, which are files of their own like
-those of other tasks: its weights, each set scaled by another factor.
+those of other tasks: its weights, each set scaled by another factor. What is drawn and not learned
+(VeRA's projections, which all adapters on a base share) is the same in each.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def measure(
     if not subject.is_adapter:
         return None, WHOLE
     try:
-        pool = load_pool(subject)
+        pool = load_pool(subject, fresh)
     except (ValueError, NotImplementedError) as error:
         return None, f"not measured: several of these adapters cannot be on one base ({error})"
     swap_ms = median_swap_ms(pool)
@@ -69,36 +70,40 @@ def measure(
     return found, HOW
 
 
-def load_pool(subject: Subject) -> torch.nn.Module:
+def load_pool(subject: Subject, fresh: torch.nn.Module) -> torch.nn.Module:
     """The subject on its base, where it runs, with nine more adapters beside its own.
 
     Raises:
         ValueError, NotImplementedError: a base cannot have several of them.
     """
     assert subject.model_dir is not None
+    # By the last part of the name: the layer that holds such a buffer is not the one that it is
+    # saved under.
+    buffers = (name.removesuffix(f".{adapters.FIRST}") for name, _ in fresh.named_buffers())
+    drawn = {name.split(".")[-1] for name in buffers}
     with tempfile.TemporaryDirectory() as scratch:
         entries = {NAMES[0]: subject.model_dir}
         for number, name in enumerate(NAMES[1:], start=1):
             entries[name] = Path(scratch, name)
-            scaled_copy(subject.model_dir, entries[name], 1 + number / 50)
+            scaled_copy(subject.model_dir, entries[name], 1 + number / 50, drawn)
         base = subject.load_base(quantisation=quantised.read(subject.model_dir))
         return adapters.put_on(base, entries).to(runtime.device())
 
 
-def scaled_copy(source: Path, target: Path, factor: float) -> None:
-    """The files of other adapters of the same shapes."""
+def scaled_copy(source: Path, target: Path, factor: float, drawn: set[str]) -> None:
+    """The files of another adapter, of several methods or one. drawn: what is not learned, which
+    stays."""
     for place in adapters.directories(source):
         copy = target / place.relative_to(source)
         copy.mkdir(parents=True)
         shutil.copy(place / adapters.CONFIG, copy)
         weights = load_file(place / adapters.WEIGHTS)
-        scaled = {key: scaled_by(factor, tensor) for key, tensor in weights.items()}
-        save_file(scaled, copy / adapters.WEIGHTS, {"format": "pt"})
-
-
-def scaled_by(factor: float, tensor: torch.Tensor) -> torch.Tensor:
-    """Another adapter's weights; what is counted, and not learned, stays."""
-    return tensor * factor if tensor.is_floating_point() else tensor
+        scaled = {
+            key: tensor * factor
+            for key, tensor in weights.items()
+            if tensor.is_floating_point() and key.split(".")[-1] not in drawn
+        }
+        save_file(weights | scaled, copy / adapters.WEIGHTS, {"format": "pt"})
 
 
 def median_swap_ms(pool: torch.nn.Module) -> float:

@@ -27,6 +27,7 @@ from tasks.methods.table import method_for, methods_of
 from tasks.train import placement
 from tasks.train.batching import Plan, answer_tokens
 from tasks.train.checkpoint import Checkpoints
+from tasks.train.computed import flops_per_token
 from tasks.train.held import parts_mib
 from tasks.train.loop import Job, make_optimizer, train
 from tasks.train.loss import backbone
@@ -97,6 +98,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     # Before saving: a whole model is rounded to its own dtype, a copy that training never holds.
     peak = runtime.peak_mib() - floor
     held = parts_mib(model, weights, optimizer, job, peak)
+    flops = flops_per_token(model, job)
     methods = methods_of(spec.candidate)
     save_model(model, out_dir / "model", paths["base"], spec.dtype, *methods)
     course.export(out_dir / "model")
@@ -117,6 +119,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         "tokens_per_s": state.tokens / state.seconds,
         "train_peak_mib": peak,
         **held,
+        "train_flops_per_token": flops,
         "resumed_from_step": resumed_from,
         "threads": checkpoints.threads,
         **own_facts,

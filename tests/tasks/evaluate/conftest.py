@@ -229,6 +229,7 @@ def train_entry(world: World, store: Path, candidate: Any, steps: int = 3) -> Pa
             "train_optimiser_mib": 2.0,
             "train_activations_mib": 2.0,
             "train_rest_mib": -0.5,
+            "train_flops_per_token": 7e6,
             "format": "peft-adapter" if candidate.method == "lora" else "transformers",
         }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from schemas.candidates import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora, PrefixTuning
+from schemas.candidates import BitFit, Bottleneck, Full, Ia3, LayerNorm, Lora, Peft, PrefixTuning
 from schemas.together import Together
 from tasks.core import adapters
 from tasks.evaluate import swapping
@@ -58,6 +58,17 @@ def test_every_kind_of_adapter_comes_back(world, candidate, trained, tmp_path, r
     assert 10 * own <= found.ten_adapters_mib * (1 + 1e-9) <= 11 * own
 
 
+@pytest.mark.parametrize("kind", ["VERA", "RANDLORA"])
+def test_what_adapters_share_is_the_same_in_each(causal, trained, tmp_path, kind):
+    options = {"peft_type": kind, "r": 4, "target_modules": ["q_proj", "o_proj"]}
+    candidate = Peft(method="peft", peft=options)
+    world = causal.of("candidate", trained(causal, tmp_path, candidate))
+    subject = read_subject(world.spec, world.paths)
+    fresh, base = subject.load(), subject.load_base()
+    found, _ = swapping.measure(subject, fresh, base, world.test_rows)
+    assert found.equal
+
+
 def test_what_is_left_behind_is_told(causal_lora, monkeypatch, capsys):
     """A swap that leaves the others' weights in place, and one that changes nothing."""
     subject = read_subject(causal_lora.spec, causal_lora.paths)
@@ -89,7 +100,7 @@ def test_adapters_that_cannot_stand_side_by_side_say_why(causal_lora, monkeypatc
     subject = read_subject(causal_lora.spec, causal_lora.paths)
     fresh = subject.load()
 
-    def refuse(subject):
+    def refuse(subject, fresh):
         raise ValueError("supports only one adapter")
 
     monkeypatch.setattr(swapping, "load_pool", refuse)
