@@ -18,7 +18,7 @@ from flows.home import Home
 from flows.hub import base_directory, sources
 from flows.machine import Dtype, resolve_dtype
 from flows.remember import FileHashes
-from schemas.candidates import Candidate, TrainOverrides
+from schemas.candidates import TrainOverrides
 from schemas.errors import Problem, StageError, UserError
 from schemas.load import resolve
 from schemas.manifest import FileFormat
@@ -38,6 +38,7 @@ from schemas.stages import (
     TrainSpec,
 )
 from schemas.tasks import is_labelled, reads_images
+from schemas.together import Candidate
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
 from tasks.core.store import read_manifest
 from tasks.prepare.references import named_images
@@ -145,13 +146,16 @@ class Calls:
         )
         return replace(self._train(candidate, rows, schedule), seed=seed)
 
-    def cost(self, rows: Made | None) -> Step:
-        """What each candidate would cost. rows: None where they are still to be prepared."""
+    def cost(self, rows: Made | None, times: float = 1.0) -> Step:
+        """What each candidate would cost.
+
+        rows: None where they are still to be prepared. times: on a base so many times as large.
+        """
         outside = {"base": self._hashes.of_files([self.base / "config.json"])}
         inputs = {"prepared": rows} if rows else {}
-        return self._step(
-            cost_spec(self.recipe, self.dtype), "report", inputs, self._with_base, outside
-        )
+        spec = cost_spec(self.recipe, self.dtype).model_copy(update={"times": times})
+        label = "" if times == 1 else f"base x {times:g}"
+        return self._step(spec, "report", inputs, self._with_base, outside, label)
 
     def trial(self, candidate: Candidate, rows: Made, search: Search, rate: float) -> Step:
         """A shorter training at another rate."""

@@ -18,21 +18,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from schemas.candidates import Candidate
 from schemas.errors import Problem, UserError
 from schemas.recipe import Evaluate, Recipe
 from schemas.report import TASK_METRICS, figure_names
 from schemas.tasks import TASKS, reads_images
+from schemas.together import KINDS
 
 #: `org/name`: what a hub id looks like.
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 #: The class of each candidate by its `method`. Pydantic's locations name these as well.
-_METHODS = {
-    get_args(model.model_fields["method"].annotation)[0]: model
-    for model in get_args(get_args(Candidate)[0])
-}
+_METHODS = {get_args(model.model_fields["method"].annotation)[0]: model for model in KINDS}
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -324,7 +321,7 @@ def _problem(source: _Document, detail: ErrorDetails) -> Problem:
     if kind == "value_error":
         message = detail["msg"].removeprefix("Value error, ")
         return Problem(place, f"found {_short(found)}", message)
-    if kind == "model_type":
+    if kind in ("model_type", "model_attributes_type"):
         return Problem(place, f"found {_short(found)}", "a section with keys is needed here")
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return Problem(place, f"found {_short(found)}", message.replace("input should", "it should"))

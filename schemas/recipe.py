@@ -20,9 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.candidates import Candidate, TrainOverrides
+from schemas.candidates import TrainOverrides
 from schemas.frozen import NAME, Frozen
 from schemas.tasks import Task
+from schemas.together import Candidate
 
 #: What a row is made of.
 Column = Literal["messages", "prompt", "completion", "text", "label", "spans", "image"]

@@ -6,16 +6,12 @@ Only safetensors are read: a `.bin` or `.pt` checkpoint is a pickle, which runs 
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +25,7 @@ from transformers import (
 
 from schemas.errors import StageError, UserError
 from schemas.tasks import reads_images
-from tasks.core import quantised
+from tasks.core import adapters, quantised
 from tasks.core.bases import require_safetensors
 from tasks.core.progress import warn
 from tasks.core.quantised import Quantisation
@@ -72,10 +68,6 @@ def head_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         ):
             heads[name] = module
     return heads
-
-
-#: The tuner's own file, beside an adapter of a kind that PEFT lacks.
-TUNER = "tuner.py"
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
@@ -225,25 +217,6 @@ def _load(
     return cast(PreTrainedModel, model.eval()), loading
 
 
-def register_tuner(model_dir: Path) -> None:
-    """Make PEFT know the kind of an adapter that brings its own tuner; that file registers itself
-    on import. A kind that is known already stays as it is."""
-    path = model_dir / TUNER
-    kind = json.loads((model_dir / "adapter_config.json").read_text())["peft_type"]
-    if not path.exists() or kind in PEFT_TYPE_TO_TUNER_MAPPING:
-        return
-    found: Any = importlib.util.spec_from_file_location(f"peftflow_tuner_{kind.lower()}", path)
-    # Before it runs: dataclasses look their module up by name.
-    sys.modules[found.name] = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(sys.modules[found.name])
-    except Exception as error:
-        del sys.modules[found.name]
-        raise StageError(
-            f"{path} cannot be run with the PEFT that is installed: {error}"
-        ) from error
-
-
 def load_trained(
     base: Path,
     model_dir: Path,
@@ -253,7 +226,7 @@ def load_trained(
     *,
     quantised_base: bool = True,
 ) -> torch.nn.Module:
-    """What a train or merge entry holds in `model/`: an adapter on its base, or a whole model.
+    """What a train or merge entry holds in `model/`: adapters on their base, or a whole model.
 
     Of a prompt it is the base: what stands before a question is no part of the model.
 
@@ -264,20 +237,10 @@ def load_trained(
     """
     if is_prompt(model_dir):
         return cast(torch.nn.Module, load_base(base, task, labels, dtype))
-    if (model_dir / "adapter_config.json").exists():
-        from peft import PeftModel
-
-        register_tuner(model_dir)
+    if adapters.is_adapter(model_dir):
         quantisation = quantised.read(model_dir) if quantised_base else None
         model = load_base(base, task, labels, dtype, quantisation=quantisation)
-        with warnings.catch_warnings():
-            # PEFT says this in a warning, and goes on with what it drew at random.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            try:
-                adapted = PeftModel.from_pretrained(model, model_dir)
-            except UserWarning as missing:
-                raise StageError(f"{model_dir} is not whole: {missing}") from missing
-        return cast(torch.nn.Module, adapted.eval())
+        return adapters.put_on(model, {adapters.FIRST: model_dir})
     whole, loading = _load(model_dir, task, labels, dtype)
     if loading["missing_keys"]:
         raise StageError(f"{model_dir} lacks {', '.join(sorted(loading['missing_keys']))}")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from schemas.candidates import Candidate
 from schemas.errors import UserError
+from schemas.together import Candidate
 from tasks.core.models import load_config, model_on_meta, unquantised_modules
 from tasks.core.quantised import check_widths
 from tasks.core.runtime import Dtype

@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from schemas.candidates import Candidate, FewShot
+from schemas.candidates import FewShot
 from schemas.cost import Cost, CostReport
 from schemas.errors import Problem, UserError
 from schemas.stages import CostSpec
 from schemas.tasks import reads_images
+from schemas.together import Candidate
 from tasks.core.images import image_shape
 from tasks.core.models import read_labels
-from tasks.core.runtime import TORCH_DTYPES
+from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.core.shots import room_of
 from tasks.cost import memory
 from tasks.cost.dry import dry_run
+from tasks.cost.larger import larger
 from tasks.cost.rows import FullRow, mean_of
 from tasks.cost.shapes import base_on_meta, candidate_on_meta, config_of
 from tasks.methods import soft
-from tasks.methods.method import count_parameters, trained
-from tasks.methods.table import method_for
+from tasks.methods.method import count_parameters, head_parameters, trained
+from tasks.methods.table import method_for, methods_of
 
 FILE = "plan.json"
 
@@ -38,6 +40,8 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
     prepared = paths.get("prepared")
     labels = read_labels(prepared) if prepared else None
     config = config_of(paths.get("base"), spec.shape, len(labels) if labels else None)
+    if spec.times != 1:
+        config = larger(config, spec.task, spec.dtype, spec.times)
     torch.set_num_threads(1)
     base = base_on_meta(config, spec.task, spec.dtype)
     full = full_row(spec, base)
@@ -76,9 +80,7 @@ def cost(
             inference_mib=serving(0, before),
         )
     learned = sum(weight.numel() for weight in trained(model).values())
-    shipped = (method.ships or method.trainable_parameters)(base, candidate, spec.task)
-    in_float32 = method.format == "peft-adapter" and not method.replaces
-    shipped *= 4 if in_float32 else TORCH_DTYPES[spec.dtype].itemsize
+    shipped = shipped_bytes(base, candidate, spec.task, spec.dtype)
     inference_mib = serving(shipped, soft.virtual_tokens(model))
     train = spec.train.for_candidate(candidate.train)
     dry = dry_run(
@@ -113,6 +115,18 @@ def full_row(spec: CostSpec, base: nn.Module) -> FullRow:
         return FullRow(spec.max_length)
     shape = image_shape(base)
     return FullRow(shape.tokens, shape.pixels)
+
+
+def shipped_bytes(base: nn.Module, candidate: Candidate, task: str, dtype: Dtype) -> int:
+    """Of the weights that are saved: by each of several methods its own, by the last the head."""
+    total, methods = 0, methods_of(candidate)
+    for method, part in zip(methods, candidate.parts, strict=True):
+        count = (method.ships or method.trainable_parameters)(base, part, task)
+        if method is not methods[-1]:
+            count -= head_parameters(base, task)
+        in_float32 = method.format == "peft-adapter" and not method.replaces
+        total += count * (4 if in_float32 else TORCH_DTYPES[dtype].itemsize)
+    return total
 
 
 def examples_tokens(

@@ -23,9 +23,10 @@ import torch
 from pydantic import TypeAdapter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from schemas.candidates import Candidate, Full
+from schemas.candidates import Full
 from schemas.recipe import Train
 from schemas.report import Computation, CurvePoint
+from schemas.together import Candidate
 from tasks.core import runtime
 from tasks.core.flops import FlopCounter
 from tasks.core.progress import bar, warn

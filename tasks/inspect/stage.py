@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from schemas.candidates import Candidate
 from schemas.errors import Problem, UserError
 from schemas.stages import InspectSpec
+from schemas.together import Candidate
 from tasks.core.models import load_config, model_on_meta
 from tasks.methods.method import count_parameters, trained
 from tasks.methods.table import method_for

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from schemas.candidates import QLora
@@ -30,7 +30,7 @@ def quantisation(candidate: QLora) -> quantised.Quantisation:
     return quantised.Quantisation(candidate.quant_type, candidate.double_quantisation)
 
 
-def build(model: PreTrainedModel, candidate: QLora, task: str) -> nn.Module:
+def config(model: PreTrainedModel, candidate: QLora, task: str) -> LoraConfig:
     """As LoRA's, beside a base that was quantised as it was loaded, or on its shapes alone.
 
     Raises:
@@ -39,7 +39,7 @@ def build(model: PreTrainedModel, candidate: QLora, task: str) -> nn.Module:
     quantised.require_bitsandbytes(PLACE)
     if next(model.parameters()).is_meta:
         quantised.check_widths(model, unquantised_modules(model), PLACE)
-    return lora.build(model, candidate, task)
+    return lora.config(model, candidate, task)
 
 
 class QLoraCourse(Course):
@@ -70,7 +70,7 @@ METHOD = Method(
     merges=True,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=lora.trainable_parameters,
     rate_of=lora.rate_of,
     course=QLoraCourse,

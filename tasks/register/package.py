@@ -1,6 +1,6 @@
 """What a registered version carries: one directory that says all there is to say of a model.
 
-model/           the whole model with its tokenizer, the adapter, or the examples of a prompt
+model/           the whole model with its tokenizer, its adapters, or the examples of a prompt
 tokenizer/       beside an adapter or a prompt: the tokenizer of its base
 serving.json     how it is to be asked (`served_model.py` reads it)
 report.html      the run's report: every candidate beside the base, plots, examples, the data
@@ -26,6 +26,7 @@ from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
 from schemas.tasks import is_labelled, reads_images
 from tasks.core import pictures, quantised
+from tasks.core.adapters import is_adapter
 from tasks.core.bases import base_files, tokenizer_files
 from tasks.core.files import sha256_file, sha256_json
 from tasks.core.models import load_config, load_tokenizer, read_labels
@@ -69,8 +70,8 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
     shutil.copytree(finished, directory / "model", copy_function=link_or_copy)
     report = CriteriaReport.model_validate_json((paths["evaluated"] / "criteria.json").read_bytes())
     data = DataReport.model_validate_json((paths["prepared"] / "data_report.json").read_bytes())
-    is_adapter = (finished / "adapter_config.json").exists()
-    base = describe_base(spec, paths["base"]) if is_adapter or is_prompt(finished) else None
+    has_peft = is_adapter(finished)
+    base = describe_base(spec, paths["base"]) if has_peft or is_prompt(finished) else None
     if base is not None:
         (directory / "tokenizer").mkdir()
         for path in tokenizer_files(paths["base"]):
@@ -110,7 +111,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         card=card,
         example=example,
         requirements=requirements(
-            is_adapter, quantised.read(finished) is not None, reads_images(spec.task)
+            has_peft, quantised.read(finished) is not None, reads_images(spec.task)
         ),
     )
 
@@ -167,9 +168,7 @@ def stop_ids(spec: RegisterSpec, paths: Paths) -> list[int]:
     return sorted(found)
 
 
-def requirements(
-    is_adapter: bool, is_quantised: bool = False, has_images: bool = False
-) -> list[str]:
+def requirements(has_peft: bool, is_quantised: bool = False, has_images: bool = False) -> list[str]:
     """What the version needs to be loaded and asked, pinned; MLflow adds itself.
 
     A local version label (`+cpu`, `+cu128`) names a build, not a release, and is left off.
@@ -177,7 +176,7 @@ def requirements(
     from importlib import metadata
 
     names = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "mlflow"]
-    if is_adapter:
+    if has_peft:
         names += ["peft", "accelerate"]
     if has_images:
         names.append("pillow")

@@ -1,7 +1,7 @@
 """The code of a registered model: MLflow runs this file, alone, wherever the version is loaded.
 
-It imports nothing of this project. Beside it, as the artifact `package`, lie the weights (or an
-adapter, or the examples of a prompt, with the content hash of the base), the tokenizer, and
+It imports nothing of this project. Beside it, as the artifact `package`, lie the weights (or
+adapters, or the examples of a prompt, with the content hash of the base), the tokenizer, and
 `serving.json`, which says what training used: the task, the template, the dtype, the tokens that
 end an answer.
 
@@ -254,27 +254,47 @@ def load_model(package: Path, serving: dict[str, Any]) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, serving["dtype"]), "use_safetensors": True}
     if serving["base"] is None:
         return load(package / "model", local_files_only=True, **options)
-    if (package / "model" / "tuner.py").exists():
-        import_tuner(package / "model" / "tuner.py")
     if serving["labels"] is not None:
         options["id2label"] = dict(enumerate(serving["labels"]))
         options["label2id"] = {label: at for at, label in enumerate(serving["labels"])}
         options["num_labels"] = len(serving["labels"])
         options["ignore_mismatched_sizes"] = True
-    quantisation = package / "model" / "quantisation.json"
-    if quantisation.exists():
-        options |= quantised(json.loads(quantisation.read_text()), options["dtype"])
+    adapters = adapters_in(package / "model")
+    quantisation = [path for path in adapters if (path / "quantisation.json").exists()]
+    for path in quantisation:
+        how = json.loads((path / "quantisation.json").read_text())
+        options |= quantised(how, options["dtype"])
     base = load(find_base(serving["base"]), local_files_only=True, **options)
     if (package / "model" / "prompt.json").exists():
         return base
-    if quantisation.exists():
+    if quantisation:
         keep_as_loaded(base)
+    return with_adapters(base, adapters)
+
+
+def adapters_in(directory: Path) -> list[Path]:
+    """The adapter, those of several methods in the order in which they are put on, or none."""
+    if (directory / "adapter_config.json").exists():
+        return [directory]
+    return sorted(path.parent for path in directory.glob("*/adapter_config.json"))
+
+
+def with_adapters(model: Any, adapters: list[Path]) -> Any:
+    """The base with each adapter around what the one before has left of it."""
     from peft import PeftModel
 
-    with warnings.catch_warnings():
-        # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(base, package / "model")
+    for path in adapters:
+        if (path / "tuner.py").exists():
+            import_tuner(path / "tuner.py")
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+            # PEFT leaves its configuration here, and would take the next one for more of it.
+            vars(model).pop("peft_config", None)
+        with warnings.catch_warnings():
+            # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, path)
+    return model
 
 
 def quantised(how: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

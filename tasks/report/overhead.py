@@ -74,7 +74,8 @@ def _cells(report: CriteriaReport, row: Latency, ms: Scale) -> list[LatencyCell]
     cells = []
     for value, written, name in found:
         if isinstance(value, Interval):
-            between = f"{written.text(value.low)} – {written.text(value.high)}"
+            own = value.low == value.high  # the base beside itself
+            between = "" if own else f"{written.text(value.low)} – {written.text(value.high)}"
             cells.append(LatencyCell(written.text(value.value), value.value, name, between))
         elif value is not None:
             cells.append(LatencyCell(written.text(value), value, name))

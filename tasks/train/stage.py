@@ -23,7 +23,7 @@ from tasks.core.store import SCRATCH
 from tasks.core.tokens import TokenRows, pixels_file
 from tasks.methods import soft
 from tasks.methods.method import count_parameters, trained
-from tasks.methods.table import method_for
+from tasks.methods.table import method_for, methods_of
 from tasks.train import placement
 from tasks.train.batching import Plan, answer_tokens
 from tasks.train.checkpoint import Checkpoints
@@ -99,7 +99,8 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     peak = runtime.peak_mib() - floor
     held = parts_mib(model, weights, optimizer, job, peak)
     flops = flops_per_token(model, job)
-    save_model(model, out_dir / "model", paths["base"], spec.dtype, method)
+    methods = methods_of(spec.candidate)
+    save_model(model, out_dir / "model", paths["base"], spec.dtype, *methods)
     course.export(out_dir / "model")
     write_atomic(out_dir / "curve.json", json.dumps([p.model_dump() for p in state.curve]))
     return {

@@ -46,6 +46,7 @@ from schemas.candidates import (
 )
 from schemas.errors import UserError
 from schemas.recipe import Train
+from schemas.together import Together
 from tasks.core.models import head_modules
 from tasks.evaluate.subject import folded
 from tasks.methods import ia3
@@ -103,6 +104,10 @@ CANDIDATES = {
     "prompt_tuning": PromptTuning(method="prompt_tuning", virtual_tokens=5),
     "p_tuning": PTuning(method="p_tuning", virtual_tokens=5, hidden_size=24),
     "prefix_tuning": PrefixTuning(method="prefix_tuning", virtual_tokens=5),
+    "together": Together(
+        method="together",
+        of=[Lora(method="lora", rank=4), Bottleneck(method="bottleneck", reduction_factor=4)],
+    ),
     "peft": Peft(method="peft", peft={"peft_type": "LOHA", "r": 4, "target_modules": "all-linear"}),
 }
 #: Virtual tokens are attended to from the first step on: there is no prompt that changes nothing.

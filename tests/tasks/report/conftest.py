@@ -336,10 +336,27 @@ def costs(found: dict[str, CriteriaReport], labels: list[str]) -> CostReport:
     return CostReport(total_parameters=3_700_000, candidates={**told, "zero_shot": asked})
 
 
+def on_larger(here: CostReport) -> CostReport:
+    """Eight times the memory, ten times the FLOPs, a third of the share."""
+    there = {
+        label: cost.model_copy(
+            update={
+                "trainable_share": cost.trainable_share / 3,
+                "training_mib": cost.training_mib
+                and {name: 8 * value for name, value in cost.training_mib.items()},
+                "forward_flops_per_token": 10 * (cost.forward_flops_per_token or 0.0),
+                "backward_flops_per_token": 10 * (cost.backward_flops_per_token or 0.0),
+            }
+        )
+        for label, cost in here.candidates.items()
+    }
+    return CostReport(total_parameters=35_700_000, candidates=there)
+
+
 def write_entries(root: Path, found: dict[str, CriteriaReport]) -> dict[str, Path]:
     """Entries on disk, as `paths` of a call names them."""
     labels = [name for name in found if name not in ("base", "finished")]
-    paths = {name: root / name for name in ("prepared", "comparison", "cost")}
+    paths = {name: root / name for name in ("prepared", "comparison", "cost", "larger")}
     paths |= {f"train:{label}": root / f"train-{label}" for label in labels}
     paths |= {f"evaluate:{name}": root / f"evaluate-{name}" for name in found}
     for path in paths.values():
@@ -362,6 +379,7 @@ def write_entries(root: Path, found: dict[str, CriteriaReport]) -> dict[str, Pat
     ).write_parquet(paths["prepared"] / "quarantine.parquet")
     (paths["comparison"] / "comparison.json").write_text(comparison(found).model_dump_json())
     (paths["cost"] / "plan.json").write_text(costs(found, labels).model_dump_json())
+    (paths["larger"] / "plan.json").write_text(on_larger(costs(found, labels)).model_dump_json())
     for label in labels:
         points = [point.model_dump() for point in curve(label)]
         (paths[f"train:{label}"] / "curve.json").write_text(json.dumps(points))

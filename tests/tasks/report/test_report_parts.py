@@ -21,7 +21,7 @@ from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import Inputs
 from tasks.report.overhead import overhead_figure
 from tasks.report.pareto import joined_labels, label_positions, pareto_front
-from tasks.report.predicted import predicted
+from tasks.report.predicted import SIZES, on_larger, predicted
 from tasks.report.provenance import without_directories
 from tasks.report.run import render
 from tasks.report.summary import quality_figure, verdict
@@ -259,11 +259,27 @@ def test_a_prediction_stands_beside_what_was_measured(spec: PageSpec, inputs: In
     assert found is not None
     assert [label for label, _ in found.rows] == spec.labels
     weights, peak, flops = dict(found.rows)["lora-r16"]
-    assert (weights.predicted, weights.measured, weights.difference) == ("451,000", "451,000", "0")
-    assert (peak.predicted, peak.measured, peak.difference) == ("134", "119", "+12.5")
-    assert flops.difference == "\u221225.0"
+    assert (weights.first, weights.second, weights.compared) == ("451,000", "451,000", "0")
+    assert (peak.first, peak.second, peak.compared) == ("134", "119", "+12.5")
+    assert flops.compared == "\u221225.0"
     assert [column.unit for column in found.columns] == ["", "MiB", "MFLOP"]
     assert "Predicted and measured" in render(spec, inputs)
+
+
+def test_what_a_larger_base_would_change(spec: PageSpec, inputs: Inputs) -> None:
+    found = on_larger(inputs)
+    assert found is not None
+    assert [column.name for column in found.columns] == list(SIZES)
+    share, shipped, peak, flops = dict(found.rows)["lora-r16"]
+    assert (share.compared, shipped.compared) == ("0.3", "1.0")
+    assert (peak.first, peak.second, peak.compared) == ("134", "1,068", "8.0")
+    assert flops.compared == "10.0"
+    page = render(spec, inputs)
+    assert "On a larger base" in page
+    assert "35.7\u00a0M parameters" in page
+    without = replace(inputs, larger={}, larger_parameters=0)
+    assert on_larger(without) is None
+    assert "On a larger base" not in render(spec, without)
 
 
 def test_a_run_without_a_prediction_has_no_such_section(spec: PageSpec, inputs: Inputs) -> None:

@@ -99,7 +99,7 @@ def make_spec(steps: int, **candidate: object) -> TrainSpec:
 def model_bytes(out: Path) -> dict[str, bytes]:
     files = sorted(path for path in (out / "model").rglob("*") if path.is_file())
     assert files
-    return {path.name: path.read_bytes() for path in files}
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def is_saving(scratch: Path) -> bool:
@@ -220,8 +220,17 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, paths, capfd, name)
         {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0.2, "final": 0.34},
         # Still giving them away when it is killed.
         {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0, "final": 0},
+        # The courses of two parts, and what one of them wraps of the other.
+        {
+            "method": "together",
+            "of": [
+                {"method": "lora", "rank": 4, "init": "pissa", "b_rate": 4},
+                {"method": "bottleneck", "reduction_factor": 4},
+                {"method": "prefix_tuning", "virtual_tokens": 3},
+            ],
+        },
     ],
-    ids=["full", "qlora", "pissa", "olora", "adalora-final", "adalora"],
+    ids=["full", "qlora", "pissa", "olora", "adalora-final", "adalora", "together"],
 )
 @pytest.mark.parametrize("lost", [0, 1])
 def test_every_kind_of_state_resumes_in_the_same_bytes(tmp_path, paths, candidate, lost):
