@@ -67,9 +67,9 @@ def larger(config: Any, task: str, dtype: Dtype, times: float) -> Any:
 
 
 def _outside_blocks(base: Any) -> int:
-    """Parameters of the embeddings and of a head over the vocabulary, which grow with the width
-    alone. A tied head is one with them."""
-    weights = [base.get_input_embeddings().weight]
+    """Parameters of the embeddings (of tokens, or of patches) and of a head over the vocabulary,
+    which grow with the width alone. A tied head is one with them."""
+    weights = list(base.get_input_embeddings().parameters())
     head = base.get_output_embeddings()
     if head is not None and not base.config.tie_word_embeddings:
         weights.append(head.weight)
