@@ -76,8 +76,11 @@ def _problems(of: list[Any]) -> Iterator[str]:
             yield f"{part.method} {part.ALONE}: make it a candidate of its own"
     for one, other in combinations(of, 2):
         shared = sorted(one.CHANGES & other.CHANGES)
+        why = APART.get(frozenset((one.method, other.method)))
         if one.method == other.method:
             yield f"{one.method} stands twice: keep one of them"
+        elif why:
+            yield f"{one.method} and {other.method} cannot learn together: {why}"
         elif shared:
             yield (
                 f"{one.method} and {other.method} both change {shared[0]}: keep one of them, or "
@@ -86,6 +89,11 @@ def _problems(of: list[Any]) -> Iterator[str]:
 
 
 UNTOUCHED = TrainOverrides()
+#: Pairs that would not touch the same, and why they do not go together all the same.
+APART = {
+    frozenset(("qlora", "ia3")): "PEFT's ia3 gives float32 behind layers of 4 bits, which a base "
+    "in bfloat16 does not take; use lora with ia3"
+}
 
 
 def _from_list(value: Any) -> Any:

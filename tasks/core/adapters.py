@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from torch import nn
 
 from schemas.errors import StageError
@@ -118,7 +119,16 @@ def put_on(base: Any, adapters: Mapping[str, Path]) -> nn.Module:
             except UserWarning as missing:
                 raise StageError(f"{places[0].parent} is not whole: {missing}") from missing
         parts.append(part)
-    return with_parts(parts).eval()
+    return as_the_base(with_parts(parts)).eval()
+
+
+def as_the_base(model: nn.Module) -> nn.Module:
+    """Norms and whole layers that were learned in the dtype of those that they stand for. With
+    each further adapter PEFT makes float32 of them, which layers in bfloat16 do not take."""
+    for module in model.modules():
+        if isinstance(module, LNTuningLayer):
+            module.ln_tuning_layers.to(next(module.base_layer.parameters()).dtype)
+    return model
 
 
 def activate(model: nn.Module, name: str) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from schemas.candidates import QLora
 from schemas.errors import StageError
 from tasks.core import quantised
+from tasks.core.adapters import own_name
 from tasks.core.models import unquantised_modules
 from tasks.core.progress import say
 from tasks.methods import lora
@@ -53,7 +54,9 @@ class QLoraCourse(Course):
             for name, _ in self.model.named_modules()
             if name.endswith(".lora_A")
         ]
-        whole = [name for name in adapted if f"{name}.base_layer" not in layers]
+        # The layer itself, or one with a bias that is learned too, around it.
+        packed = {own_name(f"{name}.") for name in layers}
+        whole = [name for name in adapted if own_name(f"{name}.") not in packed]
         if whole or not adapted:
             raise StageError(f"QLoRA trained beside {whole[:1] or 'nothing'}, not in 4 bits")
         say(f"{len(layers)} layers of the base are {self.candidate.quant_type}")

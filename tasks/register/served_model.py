@@ -282,6 +282,7 @@ def adapters_in(directory: Path) -> list[Path]:
 def with_adapters(model: Any, adapters: list[Path]) -> Any:
     """The base with each adapter around what the one before has left of it."""
     from peft import PeftModel
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
 
     for path in adapters:
         if (path / "tuner.py").exists():
@@ -294,6 +295,10 @@ def with_adapters(model: Any, adapters: list[Path]) -> Any:
             # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, path)
+    for module in model.modules():
+        if isinstance(module, LNTuningLayer):
+            # With each further adapter PEFT makes float32 of norms that were learned.
+            module.ln_tuning_layers.to(next(module.base_layer.parameters()).dtype)
     return model
 
 

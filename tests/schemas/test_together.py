@@ -84,6 +84,7 @@ def test_the_whole_has_a_name_and_a_schedule(tmp_path: Path) -> None:
             "lora and adalora both change the weights of linear layers: keep one of them",
         ),
         ("[{method: lora}, {method: qlora}]", "both change the weights of linear layers"),
+        ("[{method: ia3}, {method: qlora}]", "cannot learn together: PEFT's ia3 gives float32"),
         (
             "[{method: prefix_tuning}, {method: p_tuning}]",
             "prefix_tuning and p_tuning both change what stands before a row: keep one",
