@@ -57,10 +57,10 @@ def test_letters_become_digits(tmp_path: Path) -> None:
     scored = made(calls.score(step, rows, trained), store)
     merged = made(calls.merge(lora.label, rows, trained), store)
     finished = made(calls.score(step, rows, merged), store)
-    # Ten labels: 0.1 by chance; 0.96 after all of the recipe's steps.
+    # Ten labels: 0.1 by chance.
     assert scored.facts["figures"]["accuracy"] > 0.8
     found = scored.facts["figures"]["loss"]
-    # float32: W + BA is rounded once, and the sums are in another order.
-    assert finished.facts["figures"]["loss"] == pytest.approx(found, abs=1e-4)
+    # W + BA is rounded to the base's bfloat16, 8 bits, once.
+    assert finished.facts["figures"]["loss"] == pytest.approx(found, abs=5e-3)
     labels = json.loads((rows.path / "labels.json").read_text())
     assert labels == [str(digit) for digit in range(10)]
