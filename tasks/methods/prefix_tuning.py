@@ -71,5 +71,6 @@ METHOD = Method(
     config=config,
     trainable_parameters=trainable_parameters,
     decays=lambda name: "prompt_encoder." not in name,
+    course=soft.SoftCourse,
     ships=shipped_parameters,
 )

@@ -51,4 +51,5 @@ METHOD = Method(
     trainable_parameters=trainable_parameters,
     # Zero is no neutral embedding.
     decays=lambda name: "prompt_encoder." not in name,
+    course=soft.SoftCourse,
 )
