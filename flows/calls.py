@@ -37,10 +37,11 @@ from schemas.stages import (
     Spec,
     TrainSpec,
 )
-from schemas.tasks import is_labelled
+from schemas.tasks import is_labelled, reads_images
 from schemas.together import Candidate
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
 from tasks.core.store import read_manifest
+from tasks.prepare.references import named_images
 
 
 class Made(Protocol):
@@ -130,6 +131,9 @@ class Calls:
                 continue
             paths[split] = resolve(source.path, self._path)
             outside[split] = self._hashes.of_file(paths[split])
+            if reads_images(self.recipe.task):
+                names = named_images(paths[split], source.columns.get("image", "image"))
+                outside[f"{split} images"] = self._hashes.of_named(names, paths[split].parent)
             renamed[split] = source.model_copy(update={"path": paths[split].name})
         spec = PrepareSpec(task=self.recipe.task, data=data.model_copy(update=renamed))
         return self._step(spec, "rows", paths=paths, outside=outside, label=label)

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from schemas.errors import Problem, UserError
 from schemas.recipe import Evaluate, Recipe
 from schemas.report import TASK_METRICS, figure_names
+from schemas.tasks import TASKS, reads_images
 from schemas.together import KINDS
 
 #: `org/name`: what a hub id looks like.
@@ -55,7 +56,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply(tree, override)
     source = _Document(path, root, tree)
-    problems = [*_figure_problems(source), *_file_problems(source)]
+    problems = [*_figure_problems(source), *_text_problems(source), *_file_problems(source)]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -235,6 +236,30 @@ def _prompt_lengths(source: _Document) -> list[int]:
         return Evaluate.model_validate({"prompt_tokens": given}).prompt_lengths
     except ValueError:
         return Evaluate().prompt_lengths
+
+
+#: What a recipe says of texts alone.
+OF_TEXTS: tuple[list[int | str], ...] = (
+    ["data", "max_length"],
+    ["data", "on_overflow"],
+    ["data", "template"],
+    ["data", "retention"],
+    ["evaluate", "prompt_tokens"],
+    ["evaluate", "max_new_tokens"],
+    ["evaluate", "generate_rows"],
+)
+
+
+def _text_problems(source: _Document) -> Iterator[Problem]:
+    """What would have no effect where rows are images."""
+    task = source.get("task")
+    if not isinstance(task, str) or task not in TASKS or not reads_images(task):
+        return
+    for location in OF_TEXTS:
+        value = source.get(*map(str, location))
+        if value is not None:
+            found = f"found {_short(value)}, which is said of texts, and {task} reads images"
+            yield Problem(source.place(location), found, "take it out")
 
 
 def _file_problems(source: _Document) -> Iterator[Problem]:

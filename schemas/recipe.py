@@ -26,7 +26,7 @@ from schemas.tasks import Task
 from schemas.together import Candidate
 
 #: What a row is made of.
-Column = Literal["messages", "prompt", "completion", "text", "label", "spans"]
+Column = Literal["messages", "prompt", "completion", "text", "label", "spans", "image"]
 
 #: A bound on a metric, as written in `select.subject_to` and `register.gate`.
 NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"

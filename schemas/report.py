@@ -113,10 +113,10 @@ class Accuracy(Strict):
     """The task's metrics on the held-out rows, and what was forgotten."""
 
     metrics: dict[str, Interval] = Field(
-        description="sequence-classification: accuracy, macro_f1, loss. causal-lm: exact_match, "
-        "field_f1 (where answers are JSON objects), perplexity, loss (nats per answer token). "
-        "token-classification: entity_f1, entity_precision, entity_recall, token_accuracy, loss "
-        "(nats per token)."
+        description="sequence- and image-classification: accuracy, macro_f1, loss. causal-lm: "
+        "exact_match, field_f1 (where answers are JSON objects), perplexity, loss (nats per answer "
+        "token). token-classification: entity_f1, entity_precision, entity_recall, "
+        "token_accuracy, loss (nats per token)."
     )
     rows: int
     retention_loss: float | None = Field(description="Nats per token of general text.")
@@ -205,6 +205,11 @@ class Example(Strict):
     expected: str
     got: str
     right: bool
+    image: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Of an image, as the base reads it: a small PNG as a data URI.",
+    )
 
 
 class CriteriaReport(Strict):

@@ -15,6 +15,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from schemas.errors import StageError, UserError
+from schemas.tasks import reads_images
 from tasks.core import adapters, quantised
 from tasks.core.bases import require_safetensors
 from tasks.core.progress import warn
@@ -34,6 +36,7 @@ MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
 }
 
 #: What transformers calls the layers between a backbone and its classes.
@@ -73,6 +76,39 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 def load_config(base: Path) -> Any:
     return AutoConfig.from_pretrained(base, local_files_only=True)
+
+
+def model_on_meta(config: Any, task: str, place: object, dtype: Dtype | None = None) -> Any:
+    """A base's shapes without its weights.
+
+    Raises:
+        UserError: a configuration of which no model for this task can be made.
+    """
+    require_kind(config, task, place)
+    options = {} if dtype is None else {"dtype": TORCH_DTYPES[dtype]}
+    # transformers looks for a kind's class among these where it has several, as for DeiT.
+    config.architectures = config.architectures or []
+    try:
+        with torch.device("meta"):
+            return MODEL_CLASSES[task].from_config(config, **options)
+    except ValueError as error:
+        summary = str(error).splitlines()[0][:200]
+        raise UserError.at(place, summary, "choose another base, or another task") from error
+
+
+def require_kind(config: Any, task: str, place: object) -> None:
+    """Raise a UserError for a base of which transformers makes no model for a task, such as one
+    that reads text where rows are images."""
+    fitting = [name for name, auto in MODEL_CLASSES.items() if type(config) in auto._model_mapping]
+    if task in fitting:
+        return
+    such = "ViT or DeiT" if reads_images(task) else "BERT" if task != "causal-lm" else "Llama"
+    known = f"; this one is for {', '.join(fitting)}" if fitting else ""
+    raise UserError.at(
+        place,
+        f"is a {config.model_type} model, of which there is none for {task}",
+        f"choose a base such as {such}{known}",
+    )
 
 
 def read_labels(prepared: Path) -> list[str] | None:
@@ -151,6 +187,7 @@ def _load(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model and transformers' account of which tensors were found."""
     require_safetensors(place)
+    require_kind(load_config(place), task, place)
     extra: dict[str, Any] = {}
     if labels is not None:
         extra = {
@@ -173,7 +210,7 @@ def _load(
         raise UserError.at(
             place, f"cannot be loaded for {task}: {error}", "choose another base"
         ) from error
-    if labels is not None and model.config.pad_token_id is None:
+    if labels is not None and not reads_images(task) and model.config.pad_token_id is None:
         # A decoder finds a text's last token by what is padding. The registered model's code
         # (tasks/register/served_model.py) has the same rule.
         model.config.pad_token_id = load_tokenizer(place).pad_token_id or 0

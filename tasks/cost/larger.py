@@ -68,11 +68,10 @@ def larger(config: Any, task: str, dtype: Dtype, times: float) -> Any:
 
 def _outside_blocks(base: Any) -> int:
     """Parameters of the embeddings and of a head over the vocabulary, which grow with the width
-    alone. A tied head is one with them."""
-    weights = [base.get_input_embeddings().weight]
-    head = base.get_output_embeddings()
-    if head is not None and not base.config.tie_word_embeddings:
-        weights.append(head.weight)
+    alone. A tied head is one with them; what reads images has neither, and few outside its blocks.
+    """
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    weights = {weight for end in ends if (weight := getattr(end, "weight", None)) is not None}
     return sum(weight.numel() for weight in weights)
 
 

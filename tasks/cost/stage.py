@@ -13,14 +13,16 @@ from schemas.candidates import FewShot
 from schemas.cost import Cost, CostReport
 from schemas.errors import Problem, UserError
 from schemas.stages import CostSpec
+from schemas.tasks import reads_images
 from schemas.together import Candidate
+from tasks.core.images import image_shape
 from tasks.core.models import read_labels
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.core.shots import room_of
 from tasks.cost import memory
 from tasks.cost.dry import dry_run
 from tasks.cost.larger import larger
-from tasks.cost.rows import mean_of
+from tasks.cost.rows import FullRow, mean_of
 from tasks.cost.shapes import base_on_meta, candidate_on_meta, config_of
 from tasks.methods import soft
 from tasks.methods.method import count_parameters, head_parameters, trained
@@ -42,11 +44,12 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
         config = larger(config, spec.task, spec.dtype, spec.times)
     torch.set_num_threads(1)
     base = base_on_meta(config, spec.task, spec.dtype)
+    full = full_row(spec, base)
     problems: list[Problem] = []
     found: dict[str, Cost] = {}
     for index, candidate in enumerate(spec.candidates):
         try:
-            found[candidate.label] = cost(spec, config, candidate, prepared, base)
+            found[candidate.label] = cost(spec, config, candidate, prepared, base, full)
         except UserError as error:
             problems += [placed(problem, index) for problem in error.problems]
     if problems:
@@ -57,9 +60,14 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
 
 
 def cost(
-    spec: CostSpec, config: Any, candidate: Candidate, prepared: Path | None, base: nn.Module
+    spec: CostSpec,
+    config: Any,
+    candidate: Candidate,
+    prepared: Path | None,
+    base: nn.Module,
+    full: FullRow,
 ) -> Cost:
-    """One candidate's figures. base: untouched."""
+    """One candidate's figures. base: untouched. full: what stands for rows without `prepared`."""
     method = method_for(candidate.method, spec.task)
     model = candidate_on_meta(config, spec.task, candidate, spec.dtype)
     serving = partial(memory.inference, model, config, spec.task, spec.evaluate, spec.dtype)
@@ -81,7 +89,7 @@ def cost(
         train,
         spec.dtype,
         prepared,
-        spec.max_length,
+        full,
         partial(method.course, model, candidate),
     )
     return Cost(
@@ -99,6 +107,14 @@ def cost(
         tokens=dry.load.tokens,
         gradient_checkpointing=train.gradient_checkpointing,
     )
+
+
+def full_row(spec: CostSpec, base: nn.Module) -> FullRow:
+    """What stands for rows that are not prepared. base: untouched."""
+    if not reads_images(spec.task):
+        return FullRow(spec.max_length)
+    shape = image_shape(base)
+    return FullRow(shape.tokens, shape.pixels)
 
 
 def shipped_bytes(base: nn.Module, candidate: Candidate, task: str, dtype: Dtype) -> int:

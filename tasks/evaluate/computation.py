@@ -61,15 +61,12 @@ HOW = (
 @dataclass(frozen=True)
 class MicroBatch:
     """Unpadded rows, and what is to be learned of them: columns [B, T], or labels of the N rows
-    or of the N tokens."""
+    or of the N tokens. tokens: of all rows."""
 
     inputs: Inputs
-    learned_BT: torch.Tensor | None
-    labels_N: torch.Tensor | None
-
-    @property
-    def tokens(self) -> int:
-        return self.inputs["input_ids"].numel()
+    tokens: int
+    learned_BT: torch.Tensor | None = None
+    labels_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,17 +124,23 @@ def micro_batch(rows: TokenRows, task: str, tokens: int) -> MicroBatch:
     median = max(2, int(np.median(lengths)))
     nearest = np.argsort(np.abs(lengths - median), kind="stable")[: max(1, tokens // median)]
     width = int(lengths[nearest].min())
+    count = width * len(nearest)
     if task == "causal-lm":
         cut = [rows.row(index)[-width:] for index in nearest]
         learned_BT = np.stack([rows.mask(index)[-width:] for index in nearest]).astype(bool)
         learned_BT[:, 0] = False  # nothing stands before it
-        return MicroBatch(left_padded(cut, pad_id=0), torch.from_numpy(learned_BT), None)
-    inputs = right_padded([rows.row(index)[:width] for index in nearest], pad_id=0)
+        return MicroBatch(
+            left_padded(cut, pad_id=0), count, learned_BT=torch.from_numpy(learned_BT)
+        )
+    if rows.pixels is not None:
+        inputs = {"pixel_values": torch.from_numpy(rows.images(nearest))}
+    else:
+        inputs = right_padded([rows.row(index)[:width] for index in nearest], pad_id=0)
     if rows.token_labels is not None:
         cut = [rows.token_labels[rows.place(index)][:width] for index in nearest]
-        return MicroBatch(inputs, None, torch.from_numpy(np.concatenate(cut)).long())
+        return MicroBatch(inputs, count, labels_N=torch.from_numpy(np.concatenate(cut)).long())
     assert rows.labels is not None
-    return MicroBatch(inputs, None, torch.from_numpy(rows.labels[nearest]))
+    return MicroBatch(inputs, count, labels_N=torch.from_numpy(rows.labels[nearest]))
 
 
 def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 
 from schemas.recipe import Evaluate
 from schemas.report import Interval, Latency
+from schemas.tasks import reads_images
 from tasks.core.progress import bar, warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
@@ -46,8 +47,9 @@ def how(evaluate: Evaluate, task: str, threads: int) -> str:
         else " (a classification decodes nothing)"
     )
     lengths = " or ".join(str(length) for length in evaluate.prompt_lengths)
+    read = "images" if reads_images(task) else f"{lengths} prompt tokens"
     return (
-        f"forward pass over {lengths} prompt tokens{decoded}; "
+        f"forward pass over {read}{decoded}; "
         f"{WARM_UPS} warm-ups, {evaluate.repeats} repeats, models taking turns in one process "
         f"({threads} threads); p50 and p95; ratios to the base's of the same turn, their median "
         "and its 95 % interval (order statistics, turns taken as independent)"
@@ -65,7 +67,7 @@ def measure(
     """One row for each model, prompt length and batch size, but for the reference among others.
 
     The recipe's first prompt length comes first, cut where the context is shorter; a further one
-    that does not fit is left out, aloud.
+    that does not fit is left out, aloud. An image has one length, which is no prompt's.
 
     Args:
         models: name to model; `base` is the reference. Alone, it is measured against itself.
@@ -74,7 +76,9 @@ def measure(
     """
     results: list[Latency] = []
     orders = list(permutations(models))
-    lengths = prompt_lengths(models, evaluate, more or {})
+    lengths: dict[int | None, dict[str, int]] = {None: dict.fromkeys(models, 0)}
+    if not reads_images(task):
+        lengths = prompt_lengths(models, evaluate, more or {})
     sizes = list(product(lengths, evaluate.batch_sizes))
     rounds = len(sizes) * (WARM_UPS + evaluate.repeats)
     with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
@@ -99,11 +103,11 @@ def measure(
 
 def prompt_lengths(
     models: dict[str, torch.nn.Module], evaluate: Evaluate, more: dict[str, int]
-) -> dict[int, dict[str, int]]:
+) -> dict[int | None, dict[str, int]]:
     """Each prompt length of the recipe that can be had: the tokens that are timed for it by each
     model, the same for all but for what examples add. Virtual tokens take up some of a context.
     """
-    fitting: dict[int, dict[str, int]] = {}
+    fitting: dict[int | None, dict[str, int]] = {}
     for length in evaluate.prompt_lengths:
         alike = min(fit(model, length) for model in models.values())
         tokens = {name: fit(model, alike + more.get(name, 0)) for name, model in models.items()}
@@ -166,7 +170,7 @@ def wait(device: torch.device) -> None:
 
 
 def summary(
-    times: Times, base: Times, batch_size: int, prompt_tokens: int, merged: bool
+    times: Times, base: Times, batch_size: int, prompt_tokens: int | None, merged: bool
 ) -> Latency:
     """Quantiles of one model's times, and its ratio to the base's."""
     decodes = bool(times.token)

@@ -31,6 +31,7 @@ KINDS = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GATED),
     **dict.fromkeys(("opt", "phi", "bart"), PLAIN),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
+    **dict.fromkeys(("vit", "deit", "beit", "dinov2", "dinov2_with_registers"), PLAIN),
     "distilbert": (r"[kv]_lin", r"ffn\.lin2"),
 }
 

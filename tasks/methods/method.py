@@ -18,10 +18,12 @@ from tasks.core.models import head_modules
 from tasks.core.quantised import Quantisation
 from tasks.methods.course import Course
 
-TASK_TYPES = {
+#: PEFT's words for the tasks. It has none for images: its plain wrapper takes what the base takes.
+TASK_TYPES: dict[str, TaskType | None] = {
     "causal-lm": TaskType.CAUSAL_LM,
     "sequence-classification": TaskType.SEQ_CLS,
     "token-classification": TaskType.TOKEN_CLS,
+    "image-classification": None,
 }
 
 Family = Literal[

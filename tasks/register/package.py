@@ -8,6 +8,8 @@ criteria.json    the five criteria, measured on this very model
 data_report.json what became of the rows
 manifest.json    hashes of data, base and files; git state; library versions
 README.md        the model card
+pictures.py      of a model of images: how a file becomes pixels
+examples.py      of a prompt with examples: which of them stand before a question
 """
 
 from __future__ import annotations
@@ -22,17 +24,19 @@ from typing import Any
 from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
-from schemas.tasks import is_labelled
-from tasks.core import quantised
+from schemas.tasks import is_labelled, reads_images
+from tasks.core import pictures, quantised
 from tasks.core.adapters import is_adapter
 from tasks.core.bases import base_files, tokenizer_files
 from tasks.core.files import sha256_file, sha256_json
 from tasks.core.models import load_config, load_tokenizer, read_labels
-from tasks.core.shots import is_prompt
+from tasks.core.shots import EXAMPLES, is_prompt
 from tasks.core.store import read_manifest
 from tasks.core.tokens import TokenRows
 from tasks.register.asked import held_out_rows
 from tasks.register.card import model_card
+
+HERE = Path(__file__).parent
 
 #: Held-out rows that stand in a version as an example of its input.
 EXAMPLE_ROWS = 2
@@ -54,7 +58,7 @@ class Package:
     report: CriteriaReport
     serving: dict[str, Any]
     card: str
-    example: list[str]
+    example: list[str] | list[bytes]
     requirements: list[str]
 
 
@@ -83,7 +87,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         "base": base,
     }
     manifests = lineage(paths)
-    example = [row.text for row in held_out_rows(paths["prepared"], EXAMPLE_ROWS)]
+    example: Any = [row.text for row in held_out_rows(paths["prepared"], EXAMPLE_ROWS)]
     card = model_card(spec, report, data, manifests, serving, example)
     write_json(directory / "serving.json", serving)
     write_json(
@@ -94,6 +98,10 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
     shutil.copyfile(paths["evaluated"] / "criteria.json", directory / "criteria.json")
     shutil.copyfile(paths["prepared"] / "data_report.json", directory / "data_report.json")
     (directory / "README.md").write_text(card)
+    if reads_images(spec.task):
+        shutil.copyfile(pictures.__file__, directory / "pictures.py")
+    if (finished / EXAMPLES).exists():
+        shutil.copyfile(HERE / "served_examples.py", directory / "examples.py")
     return Package(
         directory=directory,
         key=key_of_version(spec, manifests),
@@ -102,7 +110,9 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         serving=serving,
         card=card,
         example=example,
-        requirements=requirements(has_peft, quantised.read(finished) is not None),
+        requirements=requirements(
+            has_peft, quantised.read(finished) is not None, reads_images(spec.task)
+        ),
     )
 
 
@@ -158,7 +168,7 @@ def stop_ids(spec: RegisterSpec, paths: Paths) -> list[int]:
     return sorted(found)
 
 
-def requirements(has_peft: bool, is_quantised: bool = False) -> list[str]:
+def requirements(has_peft: bool, is_quantised: bool = False, has_images: bool = False) -> list[str]:
     """What the version needs to be loaded and asked, pinned; MLflow adds itself.
 
     A local version label (`+cpu`, `+cu128`) names a build, not a release, and is left off.
@@ -168,6 +178,8 @@ def requirements(has_peft: bool, is_quantised: bool = False) -> list[str]:
     names = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "mlflow"]
     if has_peft:
         names += ["peft", "accelerate"]
+    if has_images:
+        names.append("pillow")
     if is_quantised:
         names.append("bitsandbytes")
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]

@@ -78,6 +78,7 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         refused=data_view.refused_rows(inputs.quarantine),
         labels=data_view.labels(inputs.data),
         span_counts=data_view.span_counts(inputs.data),
+        row_words=data_view.row_words(inputs.data),
         entries=provenance.entry_rows(inputs.manifests),
         facts=provenance.facts(inputs.manifests),
         recipe=provenance.without_directories(spec.recipe_yaml),

@@ -15,6 +15,8 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from schemas.candidates import (
@@ -37,13 +39,14 @@ from schemas.candidates import (
 from schemas.errors import UserError
 from schemas.recipe import Base, Train
 from schemas.stages import CostSpec
+from schemas.tasks import reads_images
 from schemas.together import Together
 from tasks.core.models import load_base
 from tasks.core.quantised import quantised_layers
 from tasks.cost import dry, memory
 from tasks.cost.blocks import stack_of
 from tasks.cost.four_bits import scales
-from tasks.cost.rows import full_rows
+from tasks.cost.rows import FullRow, full_rows
 from tasks.cost.shapes import candidate_on_meta
 from tasks.cost.stage import run
 from tasks.methods import soft
@@ -67,12 +70,17 @@ CONFIGS = {
     "causal-lm": LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True),
     "sequence-classification": BertConfig(**SIZES),
     "token-classification": BertConfig(**SIZES),
+    "image-classification": ViTConfig(**SIZES, image_size=16, patch_size=4),
 }
 CLASSES = {
     "causal-lm": LlamaForCausalLM,
     "sequence-classification": BertForSequenceClassification,
     "token-classification": BertForTokenClassification,
+    "image-classification": ViTForImageClassification,
 }
+#: The longest row of each task.
+FULL_ROWS = dict.fromkeys(CONFIGS, FullRow(64))
+FULL_ROWS |= {"image-classification": FullRow(17, (3, 16, 16))}
 CANDIDATES = {
     "full": Full(method="full"),
     "lora": Lora(method="lora", rank=4),
@@ -128,7 +136,7 @@ GPT3 = {
 
 
 def batch_of(task: str) -> Batch:
-    rows = full_rows(192, 64, task)
+    rows = full_rows(192, FULL_ROWS[task], task)
     index = torch.arange(len(rows)).numpy()
     return collate_packed(rows, index) if task == "causal-lm" else collate(rows, index, task, 0)
 
@@ -136,7 +144,7 @@ def batch_of(task: str) -> Batch:
 def placed(model: torch.nn.Module, task: str, train: Train, device: str) -> torch.nn.Module:
     placement.place(model, train, torch.device(device))
     placement.use_fast_attention(model, torch.device("cpu"), 64, task)
-    if task != "causal-lm" and not soft.is_cache(model):
+    if task != "causal-lm" and not reads_images(task) and not soft.is_cache(model):
         unpad(backbone(model))
     return model
 
@@ -175,6 +183,9 @@ PASSES = [
     *((name, "sequence-classification", False) for name in CANDIDATES),
     *((name, "sequence-classification", True) for name in ("full", "lora", "prompt_tuning")),
     ("lora", "token-classification", False),
+    ("full", "image-classification", False),
+    ("lora", "image-classification", True),
+    ("bottleneck", "image-classification", False),
 ]
 
 
