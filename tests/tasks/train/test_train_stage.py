@@ -28,8 +28,9 @@ from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
 from schemas.tasks import TASKS, reads_images
+from tasks.core.adapters import TUNER
 from tasks.core.entities import IGNORED
-from tasks.core.models import TUNER, load_base, load_trained
+from tasks.core.models import load_base, load_trained
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.batches import run_on
 from tasks.methods.table import METHODS
