@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from common import Result, at_least, at_most, write
 
+from tasks.core.pages import LARGE_PAGES
 from tasks.core.waiting import waiting
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +120,7 @@ def spawn(side: str, work: Path, steps: int) -> dict[str, Any]:
     # Threads wait as they do in every stage, on either side.
     environment = {
         **waiting(os.environ),
+        **LARGE_PAGES,
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
@@ -250,7 +252,7 @@ def ours(work: Path, steps: int, side: str) -> dict[str, Any]:
     rows, _ = read_rows(spec, work / "prepared")
     threads = torch.get_num_threads()
     placement.seed(0)
-    placement.keep_freed_memory()
+    placement.arrange_memory()
     runtime.peak_reset()
     floor = runtime.resident_mib()
     base = load_base(work / "base", spec.task, None, "bfloat16")
