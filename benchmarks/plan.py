@@ -30,10 +30,10 @@ from pydantic import TypeAdapter
 from schemas.candidates import Candidate
 from schemas.errors import StageError, UserError
 from schemas.stages import Call, CostSpec, TrainSpec
-from tasks.core.pages import LARGE_PAGES
 from tasks.core.provenance import git_state
 from tasks.core.waiting import waiting
 from tasks.cost import stage as cost_stage
+from tasks.train import heap
 
 ROOT = Path(__file__).parents[1]
 #: How far a prediction may be from the measured peak.
@@ -58,7 +58,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 CANDIDATE: TypeAdapter[Candidate] = TypeAdapter(Candidate)
 #: Runs of which `tasks.cost.memory.REST_MIB` was set; all others only show how well it holds.
-SET_BY = ("lora", "full")
+SET_BY = ("lora",)
 PLANNING = threading.Lock()
 
 
@@ -115,7 +115,7 @@ def save(found: dict[str, list[Result]], quick: bool) -> None:
         judged = [r for r in rows if r.met is not None and (r.name.split()[1] in SET_BY) == named]
         inside = sum(bool(row.met) for row in judged)
         rows.append(Result(f"within 10 %: {what}", f"{inside} of {len(judged)}", "runs"))
-    notes = "error: predicted over measured, less one. lora and full set the constant."
+    notes = "error: predicted over measured, less one. LoRA set the constant."
     keep("plan", rows, quick=quick, notes=notes)
 
 
@@ -223,7 +223,7 @@ def measure(spec: TrainSpec, work: Path) -> dict[str, Any]:
             [sys.executable, "-P", "-m", "tasks.train", str(path), "--store", folder],
             env={
                 **waiting(os.environ),
-                **LARGE_PAGES,
+                **heap.environment(os.environ),
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
                 "HF_HUB_OFFLINE": "1",

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from schemas.errors import UserError
 from tasks.core.files import write_atomic
-from tasks.core.pages import LARGE_PAGES
 from tasks.core.waiting import waiting
 from tasks.register import registry
 
@@ -117,7 +116,6 @@ class Home:
         environment = {
             "MLFLOW_LOGGING_LEVEL": "WARNING",
             **waiting(os.environ),
-            **LARGE_PAGES,
             **os.environ,
             **PRIVATE,
             "PEFTFLOW_HOME": str(self.root),

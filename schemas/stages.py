@@ -73,7 +73,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")

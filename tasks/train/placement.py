@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-
 import torch
 import torch.utils.deterministic
 from accelerate import Accelerator
@@ -13,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from schemas.recipe import Train
-from tasks.core import pages, runtime
+from tasks.core import runtime
 from tasks.methods import soft
 from tasks.methods.fused import fuse_lora
 from tasks.train import attention
@@ -25,8 +22,6 @@ from tasks.train.rotary import fuse_rotary
 #: Padded tokens of one forward pass where the recipe does not say. Few large passes: every layer
 #: is dozens of kernels, and each costs a call and a barrier however small it is.
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-#: Bytes from which a tensor has a mapping of its own.
-OWN_MAPPING = 1 << 20
 
 
 def make_accelerator(dtype: runtime.Dtype) -> Accelerator:
@@ -49,23 +44,6 @@ def seed(seed: int) -> None:
     """
     runtime.seed_everything(seed)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def arrange_memory() -> None:
-    """Tell glibc where tensors live and when their memory goes back to the kernel.
-
-    Activations come and go by the megabyte, and by glibc's own rules a third of a CPU step is page
-    faults. With large pages each large tensor has a mapping of its own, which goes when it goes.
-    Without them what is freed is kept, which is as fast and leaves holes: a freed tensor's place
-    has lost the bytes around it to small things, and the next of its size does not fit.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-    mallopt(m_mmap_threshold, OWN_MAPPING if pages.are_large(os.environ) else 1 << 30)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_arena_max, 1)
 
 
 def place(model: nn.Module, train: Train, device: torch.device) -> nn.Module:
