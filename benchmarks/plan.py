@@ -27,9 +27,9 @@ import numpy as np
 from common import RESULTS, Result, keep
 from pydantic import TypeAdapter
 
-from schemas.candidates import Candidate
 from schemas.errors import StageError, UserError
 from schemas.stages import Call, CostSpec, TrainSpec
+from schemas.together import Candidate
 from tasks.core.provenance import git_state
 from tasks.core.waiting import waiting
 from tasks.cost import stage as cost_stage

@@ -14,7 +14,8 @@ def hide_bitsandbytes(path: Path) -> None:
     first answer. A module that is None is absent to Python, and so to PEFT and transformers.
     """
     spec = CostSpec.model_validate(Call.model_validate_json(path.read_bytes()).spec)
-    if not any(isinstance(candidate, QLora) for candidate in spec.candidates):
+    parts = [part for candidate in spec.candidates for part in candidate.parts]
+    if not any(isinstance(part, QLora) for part in parts):
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 

@@ -33,11 +33,17 @@ class Load:
     tokens: int | None
 
 
-def load_of(
-    prepared: Path | None, task: str, train: Train, layout: Layout, max_length: int
-) -> Load:
+@dataclass(frozen=True)
+class FullRow:
+    """The longest row that there may be. pixels: of an image, channels, height and width."""
+
+    tokens: int
+    pixels: tuple[int, int, int] | None = None
+
+
+def load_of(prepared: Path | None, task: str, train: Train, layout: Layout, full: FullRow) -> Load:
     """The largest micro-batch and, from real rows, the steps."""
-    rows = full_rows(layout.budget, max_length, task) if prepared is None else _read(prepared)
+    rows = full_rows(layout.budget, full, task) if prepared is None else _read(prepared)
     plan = Plan(rows.lengths, train.batch_tokens, train.seed)
     steps = total_steps(train, plan.steps_per_epoch)
     parts = [
@@ -68,9 +74,9 @@ def mean_of(prepared: Path | None, max_length: int) -> float:
     return max_length if prepared is None else float(_read(prepared).lengths.mean())
 
 
-def full_rows(tokens: int, length: int, task: str) -> TokenRows:
-    """As many rows of `length` tokens as one forward pass may have, every token learned."""
-    length = min(length, tokens)
+def full_rows(tokens: int, full: FullRow, task: str) -> TokenRows:
+    """As many such rows as one forward pass may have, every token learned."""
+    length = full.tokens if full.pixels else min(full.tokens, tokens)
     count = max(1, tokens // length)
     zeros = np.zeros(count * length, dtype=np.int32)
     return TokenRows(
@@ -80,6 +86,8 @@ def full_rows(tokens: int, length: int, task: str) -> TokenRows:
         loss_mask=np.ones(count * length, dtype=np.uint8),
         labels=np.zeros(count, dtype=np.int64),
         token_labels=zeros if TASKS[task].labels == "token" else None,
+        values=np.zeros((full.pixels[0], 256), np.float32) if full.pixels else None,
+        pixels=np.zeros((count, *full.pixels), np.uint8) if full.pixels else None,
     )
 
 

@@ -10,15 +10,22 @@ import torch
 
 from schemas.report import CriteriaReport, Latency
 from schemas.stages import EvaluateSpec
+from schemas.tasks import TASKS
 from tasks.core import runtime
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import accuracy, computation, latency, memory, probes, storage, swapping
-from tasks.evaluate.batches import pad_id_of, right_padded, run_on
+from tasks.evaluate.batches import classified, run_on
 from tasks.evaluate.probes import Probe
 from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import Subject, read_subject
 from tasks.methods.table import method_for
+
+#: Why nothing says what a classifier has forgotten.
+NO_RETENTION = {
+    "text": "not measured, a classifier has no language head to measure it with",
+    "image": "not measured, there is no general text to read and no head but the new one",
+}
 
 
 def measure(
@@ -80,11 +87,9 @@ def warn_if_base(model: torch.nn.Module, base: torch.nn.Module, prepared: Path) 
     if model is base:
         return
     rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
-    few = [rows.row(index) for index in range(min(len(rows), 8))]
+    few = range(min(len(rows), 8))
     with torch.inference_mode():
-        own, other = (
-            run_on(each, right_padded(few, pad_id_of(each))).logits for each in (model, base)
-        )
+        own, other = (run_on(each, classified(rows, few, each)).logits for each in (model, base))
     if torch.equal(own, other):
         warn(
             f"on the first {len(few)} test rows the subject's logits are the base's, bit for bit: "
@@ -132,7 +137,7 @@ def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
     retained = (
         "retention: loss per token of general text, minus the base's"
         if spec.task == "causal-lm"
-        else "retention: not measured, a classifier has no language head to measure it with"
+        else f"retention: {NO_RETENTION[TASKS[spec.task].reads]}"
     )
     return {
         "storage": storage.HOW,

@@ -7,7 +7,7 @@ import difflib
 from schemas.errors import UserError
 from schemas.recipe import Source
 from schemas.rows import COLUMNS, Kind
-from schemas.tasks import TASKS, Task
+from schemas.tasks import TASKS, Reads, Task
 from tasks.prepare.blocks import Layout
 from tasks.prepare.sources import Readable
 
@@ -19,13 +19,15 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("sentence", "content", "body", "question", "utterance", "review", "document"),
     "label": ("category", "intent", "class", "tag", "target", "topic"),
     "spans": ("entities", "ents", "slots", "annotations", "labels"),
+    "image": ("img", "picture", "photo", "file_name", "filename", "file", "path"),
 }
 
-#: What has a label: the kinds of rows, the preferred first.
-KINDS: dict[str | None, list[Kind]] = {
-    None: ["chat", "completion"],
-    "row": ["label"],
-    "token": ["spans"],
+#: What is read and what has a label: the kinds of rows, the preferred first.
+KINDS: dict[tuple[Reads, str | None], list[Kind]] = {
+    ("text", None): ["chat", "completion"],
+    ("text", "row"): ["label"],
+    ("text", "token"): ["spans"],
+    ("image", "row"): ["image"],
 }
 
 #: Columns that an error lists by name before it counts the rest.
@@ -80,14 +82,15 @@ def find_layout(task: Task, split: str, source: Source, readable: Readable) -> L
             f"more than one column is named {sources[repeated[0]]!r}",
             "give each column a name of its own",
         )
-    return Layout(kind, {name: sources[name] for name in COLUMNS[kind]})
+    return Layout(kind, {name: sources[name] for name in COLUMNS[kind]}, readable.root)
 
 
 def kinds_of(task: Task, split: str) -> list[Kind]:
     """The kinds of rows that a split may hold, the preferred first."""
     if split == "retention":
         return ["text"]
-    return KINDS[TASKS[task].labels]
+    what = TASKS[task]
+    return KINDS[what.reads, what.labels]
 
 
 def closest_kind(kinds: list[Kind], sources: dict[str, str], columns: list[str]) -> Kind:

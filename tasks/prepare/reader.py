@@ -30,6 +30,10 @@ class Reader:
     data: Data
     stops: frozenset[int]
 
+    @property
+    def max_length(self) -> int:
+        return self.data.max_length
+
     def rules(self, kind: Kind) -> Rules:
         add_special = kind in TEXTS or self.template == "plain"
         return Rules(

@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from schemas.errors import StageError
+from schemas.tasks import reads_images
 from tasks.core.models import load_config, load_trained
 from tasks.core.shots import Shots, room_of
 from tasks.register.asked import Asked, held_out_rows
+from tasks.register.reload import in_json, read_rows, write_rows
 
 #: Held-out rows that are compared.
 ROWS = 8
@@ -54,9 +56,11 @@ def reload(
     """
     scratch.mkdir(parents=True, exist_ok=True)
     rows = asked_rows(paths, serving)
-    request, answer = scratch / "rows.json", scratch / "answer"
-    request.write_text(json.dumps([[row.tokens, row.text] for row in rows]))
-    answer.mkdir(exist_ok=True)
+    request, answer = scratch / "request", scratch / "answer"
+    for directory in (request, answer):
+        directory.mkdir(exist_ok=True)
+    (request / "asked.json").write_text(json.dumps([in_json(row.text) for row in rows]))
+    write_rows([row.tokens for row in rows], request)
     # -P: a directory named `tasks` where the user stands must not be taken for ours.
     command = [
         sys.executable,
@@ -88,11 +92,13 @@ def reload(
     if child.returncode != 0:
         raise StageError(f"{model_uri} cannot be loaded back:\n{log.read_text()[-2000:]}")
     got = load_file(answer / "logits.safetensors")
-    asked = json.loads((answer / "asked.json").read_text())
+    asked = read_rows(answer)
     return Reloaded(
         difference=max(difference(one, got[str(index)]) for index, one in enumerate(expected)),
         rows=len(rows),
-        asked_alike=sum(row.prompt == tokens for row, tokens in zip(rows, asked, strict=True)),
+        asked_alike=sum(
+            np.array_equal(row.prompt, tokens) for row, tokens in zip(rows, asked, strict=True)
+        ),
     )
 
 
@@ -121,7 +127,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def expected_logits(
-    rows: list[list[int]], paths: dict[str, Path], serving: dict[str, Any]
+    rows: list[Any], paths: dict[str, Path], serving: dict[str, Any]
 ) -> list[torch.Tensor]:
     """What the finished entry gives, one row at a time, float32; shapes as `ServedModel.logits`."""
     model = load_trained(
@@ -131,7 +137,8 @@ def expected_logits(
         serving["labels"],
         serving["dtype"],
     )
-    logits = [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+    name = "pixel_values" if reads_images(serving["task"]) else "input_ids"
+    logits = [model(**{name: torch.as_tensor(row)[None]}).logits[0].float() for row in rows]
     if serving["task"] != "causal-lm":
         return logits
     # PEFT gives logits of the virtual tokens of a prompt too, in front.

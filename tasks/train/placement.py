@@ -114,5 +114,7 @@ def without_base_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and id(module) not in own:
             module.p = 0.0
+        if type(module).__name__.endswith("DropPath"):  # whole branches of a row, in image models
+            module.drop_prob = 0.0  # type: ignore[assignment]
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]

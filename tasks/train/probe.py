@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,10 @@ PROBE_TOKENS = 64
 
 
 def probe_rows(rows: TokenRows) -> TokenRows:
-    """Two short rows of the real ones, of different lengths, every token learned."""
+    """Two short rows of the real ones, of different lengths, every token learned; two images."""
+    if rows.pixels is not None:
+        first = rows.take(np.arange(len(rows)) < 2)
+        return replace(first, labels=np.zeros(len(first), dtype=np.int64))
     order = np.argsort(rows.lengths, kind="stable")
     chosen = [rows.row(int(i))[:PROBE_TOKENS] for i in (order[0], order[len(order) // 2])]
     chosen = [np.resize(row, max(2, len(row))) for row in chosen]
@@ -38,7 +43,10 @@ def own_loss(model: nn.Module, rows: TokenRows, task: str, device: torch.device)
     total = 0.0
     for index in range(len(rows)):
         ids = torch.from_numpy(rows.row(index).astype(np.int64))[None].to(device)
-        logits = model(input_ids=ids).logits.float()
+        inputs = {"input_ids": ids}
+        if rows.pixels is not None:
+            inputs = {"pixel_values": torch.from_numpy(rows.images(np.array([index]))).to(device)}
+        logits = model(**inputs).logits.float()
         if task == "causal-lm":
             # PEFT gives logits of the virtual tokens of a prompt too, in front.
             own = logits[0, -ids.shape[1] : -1]

@@ -19,6 +19,8 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from schemas.candidates import (
@@ -41,17 +43,19 @@ from schemas.candidates import (
 from schemas.errors import UserError
 from schemas.recipe import Base, Train
 from schemas.stages import Call, CostSpec
+from schemas.tasks import reads_images
+from schemas.together import Together
 from tasks.core.models import load_base
 from tasks.core.quantised import quantised_layers
 from tasks.cost import dry, memory
 from tasks.cost.blocks import stack_of
 from tasks.cost.four_bits import scales
-from tasks.cost.rows import full_rows
+from tasks.cost.rows import FullRow, full_rows
 from tasks.cost.shapes import candidate_on_meta
 from tasks.cost.stage import run
 from tasks.methods import soft
 from tasks.methods.method import trained
-from tasks.methods.table import METHODS, method_for
+from tasks.methods.table import METHODS, method_for, methods_of
 from tasks.train import placement
 from tasks.train.batching import Batch, collate, collate_packed
 from tasks.train.loss import backbone, loss_sum
@@ -71,12 +75,17 @@ CONFIGS = {
     "causal-lm": LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True),
     "sequence-classification": BertConfig(**SIZES),
     "token-classification": BertConfig(**SIZES),
+    "image-classification": ViTConfig(**SIZES, image_size=16, patch_size=4),
 }
 CLASSES = {
     "causal-lm": LlamaForCausalLM,
     "sequence-classification": BertForSequenceClassification,
     "token-classification": BertForTokenClassification,
+    "image-classification": ViTForImageClassification,
 }
+#: The longest row of each task.
+FULL_ROWS = dict.fromkeys(CONFIGS, FullRow(64))
+FULL_ROWS |= {"image-classification": FullRow(17, (3, 16, 16))}
 CANDIDATES = {
     "full": Full(method="full"),
     "lora": Lora(method="lora", rank=4),
@@ -93,6 +102,21 @@ CANDIDATES = {
     "p_tuning": PTuning(method="p_tuning", virtual_tokens=5, hidden_size=24),
     "p_tuning-lstm": PTuning(method="p_tuning", virtual_tokens=5, encoder="lstm"),
     "prefix_tuning": PrefixTuning(method="prefix_tuning", virtual_tokens=5, projection=True),
+    "together": Together(
+        method="together",
+        of=[
+            BitFit(method="bitfit"),
+            Lora(method="lora", rank=4),
+            Bottleneck(method="bottleneck", reduction_factor=4),
+        ],
+    ),
+    "with a prefix": Together(
+        method="together",
+        of=[
+            Lora(method="lora", rank=4),
+            PrefixTuning(method="prefix_tuning", virtual_tokens=5, projection=True),
+        ],
+    ),
     # Its tuner keeps indices beside weights and buffers.
     "fourierft": Peft(
         method="peft",
@@ -117,7 +141,7 @@ GPT3 = {
 
 
 def batch_of(task: str) -> Batch:
-    rows = full_rows(192, 64, task)
+    rows = full_rows(192, FULL_ROWS[task], task)
     index = torch.arange(len(rows)).numpy()
     return collate_packed(rows, index) if task == "causal-lm" else collate(rows, index, task, 0)
 
@@ -125,7 +149,7 @@ def batch_of(task: str) -> Batch:
 def placed(model: torch.nn.Module, task: str, train: Train, device: str) -> torch.nn.Module:
     placement.place(model, train, torch.device(device))
     placement.use_fast_attention(model, torch.device("cpu"), 64, task)
-    if task != "causal-lm" and not soft.is_cache(model):
+    if task != "causal-lm" and not reads_images(task) and not soft.is_cache(model):
         unpad(backbone(model))
     return model
 
@@ -164,6 +188,9 @@ PASSES = [
     *((name, "sequence-classification", False) for name in CANDIDATES),
     *((name, "sequence-classification", True) for name in ("full", "lora", "prompt_tuning")),
     ("lora", "token-classification", False),
+    ("full", "image-classification", False),
+    ("lora", "image-classification", True),
+    ("bottleneck", "image-classification", False),
 ]
 
 
@@ -198,7 +225,7 @@ def test_a_dry_run_is_the_run_without_its_numbers(bases, name, task, checkpointi
         (name, task)
         for name, candidate in CANDIDATES.items()
         for task in CONFIGS
-        if task in METHODS[candidate.method].tasks
+        if all(task in method.tasks for method in methods_of(candidate))
     ],
 )
 def test_weights_and_what_ships_are_those_of_the_real_model(bases, tmp_path, task, name):
@@ -219,10 +246,10 @@ def test_weights_and_what_ships_are_those_of_the_real_model(bases, tmp_path, tas
         # Which layers keep how many ranks is not known before: as if each kept the mean.
         assert found["shipped_mib"] < found["trainable_parameters"] * 4 / 2**20
         return
-    save_model(model, tmp_path / "model", bases[task], "bfloat16", method)
+    save_model(model, tmp_path / "model", bases[task], "bfloat16", *methods_of(candidate))
     course.export(tmp_path / "model")
-    [file] = (tmp_path / "model").glob("*.safetensors")
-    tensors = load_file(file).values()
+    files = (tmp_path / "model").rglob("*.safetensors")
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
     assert found["shipped_mib"] * 2**20 == sum(x.nbytes for x in tensors)
 
 

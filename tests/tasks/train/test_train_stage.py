@@ -18,12 +18,14 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
-from schemas.tasks import TASKS
+from schemas.tasks import TASKS, reads_images
 from tasks.core.entities import IGNORED
 from tasks.core.models import TUNER, load_base, load_trained
 from tasks.core.tokens import TokenRows
@@ -41,6 +43,8 @@ CONFIG = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+IMAGES = {"image_size": 16, "patch_size": 4}
+IMAGE_TOKENS = 17
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +58,15 @@ def _two_threads() -> Iterator[None]:
 def write_rows(folder: Path, task: str, count: int = 120) -> None:
     """Causal: rows count upwards. Classification: the label is the third of its first token, or
     every token's own; the first token of a row has none."""
+    (folder / "tokens").mkdir(parents=True)
+    if reads_images(task):
+        write_images(folder, count)
+        return
     draw = np.random.default_rng(0)
     lengths = draw.integers(6, 20, count)
     starts = draw.integers(3, 70, count)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([a + np.arange(n) for a, n in zip(starts, lengths, strict=True)])
-    (folder / "tokens").mkdir(parents=True)
     mask = np.ones(len(ids), dtype=np.uint8)
     mask[offsets[:-1]] = 0
     causal = task == "causal-lm"
@@ -78,6 +85,29 @@ def write_rows(folder: Path, task: str, count: int = 120) -> None:
         (folder / "labels.json").write_text(json.dumps(LABELS))
 
 
+def write_images(folder: Path, count: int) -> None:
+    """Noise, of which one channel is lighter: the label's."""
+    labels = np.arange(count) % 3
+    pixels = np.random.default_rng(0).integers(0, 100, (count, 3, 16, 16), dtype=np.uint8)
+    pixels[np.arange(count), labels] += 100
+    TokenRows(
+        input_ids=np.zeros(count * IMAGE_TOKENS, np.int32),
+        offsets=np.arange(count + 1) * IMAGE_TOKENS,
+        source_rows=np.arange(count) + 1,
+        labels=labels,
+        values=np.tile(np.linspace(-1, 1, 256, dtype=np.float32), (3, 1)),
+        pixels=pixels,
+    ).save(folder / "tokens" / "train.safetensors")
+    (folder / "labels.json").write_text(json.dumps(LABELS))
+
+
+def some_row(task: str) -> dict[str, torch.Tensor]:
+    """A row that is none of training's, as a base of that task reads it."""
+    if reads_images(task):
+        return {"pixel_values": torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)}
+    return {"input_ids": torch.arange(5, 13)[None]}
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     root = tmp_path_factory.mktemp("stage")
@@ -86,6 +116,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
         "causal-lm": LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=True)),
         "sequence-classification": BertForSequenceClassification(BertConfig(**CONFIG)),
         "token-classification": BertForTokenClassification(BertConfig(**CONFIG)),
+        "image-classification": ViTForImageClassification(ViTConfig(**CONFIG, **IMAGES)),
     }
     for task, model in bases.items():
         model.save_pretrained(root / task / "base")
@@ -147,13 +178,12 @@ def test_both_methods_learn_every_task_and_reload(tmp_path, places, task, candid
     labels = LABELS if task != "causal-lm" else None
     base = load_base(places[task]["base"], task, labels, dtype)
     tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
-    ids = torch.arange(5, 13)[None]
+    row = some_row(task)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        assert not torch.allclose(
-            tuned(input_ids=ids).logits, base(input_ids=ids).logits, atol=0.05
-        )
+        assert not torch.allclose(tuned(**row).logits, base(**row).logits, atol=0.05)
         if task == "causal-lm" and candidate == FULL:
             # Rows count upwards, and the tuned model does.
+            ids = row["input_ids"]
             guesses = tuned(input_ids=ids).logits[0, 1:-1].argmax(-1)
             assert (guesses == ids[0, 2:]).float().mean() >= 0.5
 
@@ -179,11 +209,9 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
     labels = LABELS if task != "causal-lm" else None
     base = load_base(places[task]["base"], task, labels, dtype)
     tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
-    ids = torch.arange(5, 13)[None]
+    row = some_row(task)
     with torch.no_grad():
-        assert not torch.allclose(
-            run_on(tuned, {"input_ids": ids}).logits, base(input_ids=ids).logits, atol=0.05
-        )
+        assert not torch.allclose(run_on(tuned, row).logits, base(**row).logits, atol=0.05)
 
 
 def test_an_adapter_of_a_kind_that_peft_lacks_brings_its_tuner(tmp_path, places):
