@@ -45,6 +45,12 @@ def write(name: str, rows: list[Result], *, quick: bool, notes: str = "") -> Non
         met = {None: "", True: "yes", False: "NO"}[row.met]
         table.add_row(row.name, value, row.unit, row.bar or "", met)
     Console(width=110).print(table)
+    path = keep(name, rows, quick=quick, notes=notes)
+    print(f"written: {path.relative_to(RESULTS.parent.parent)}")
+
+
+def keep(name: str, rows: list[Result], *, quick: bool, notes: str = "") -> Path:
+    """Write the file alone, and say where it is."""
     # A result that was just written does not change what the next benchmark measures.
     commit, dirty = git_state(ignore="benchmarks/results")
     record = {
@@ -63,4 +69,4 @@ def write(name: str, rows: list[Result], *, quick: bool, notes: str = "") -> Non
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / (f"{name}.quick.json" if quick else f"{name}.json")
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path.relative_to(RESULTS.parent.parent)}")
+    return path

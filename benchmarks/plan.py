@@ -1,10 +1,11 @@
 """`peftflow plan` against what training took: peak memory, every method, dtype and checkpointing.
 
-    python benchmarks/plan.py [--quick] [--only llama] [--methods lora,ia3]
+    python benchmarks/plan.py [--quick] [--only llama] [--methods lora,ia3] [--jobs 2]
 
 A Llama of 56 M and a MiniLM-like BERT of 23 M parameters with random weights, random rows. Each
 run is the train stage in a process of its own, four steps of 4,096 tokens; its `train_peak_mib` is
 what the kernel counted. The plan is made from the base's config.json and the same rows' lengths.
+Every run is written when it is done; runs of the same clean commit add up to one file.
 """
 
 from __future__ import annotations
@@ -15,33 +16,64 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Result, write
+from common import RESULTS, Result, keep
 from pydantic import TypeAdapter
 
+from schemas.errors import StageError, UserError
 from schemas.stages import Call, CostSpec, TrainSpec
 from schemas.together import Candidate
+from tasks.core.provenance import git_state
 from tasks.core.waiting import waiting
+from tasks.cost import stage as cost_stage
+from tasks.train import heap
 
 ROOT = Path(__file__).parents[1]
 #: How far a prediction may be from the measured peak.
 BAR = 0.10
 TASKS = {"llama": "causal-lm", "bert": "sequence-classification"}
 LONGEST = {"llama": 512, "bert": 128}
-CANDIDATES: list[dict[str, Any]] = [
-    {"method": "full"},
-    {"method": "lora"},
-    {"method": "ia3"},
-    {"method": "layer_norm"},
-    {"method": "bottleneck"},
-    {"method": "bitfit"},
-    {"method": "lora", "rank": 8, "dora": True},
-    {"method": "qlora"},
-]
+DTYPES = ("float32", "bfloat16")
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "dora": {"method": "lora", "rank": 8, "dora": True},
+    "qlora": {"method": "qlora"},
+    "adalora": {"method": "adalora"},
+    "ia3": {"method": "ia3"},
+    "bottleneck": {"method": "bottleneck"},
+    "bitfit": {"method": "bitfit"},
+    "layer_norm": {"method": "layer_norm"},
+    "last_layers": {"method": "last_layers"},
+    "prompt_tuning": {"method": "prompt_tuning"},
+    "p_tuning": {"method": "p_tuning"},
+    "prefix_tuning": {"method": "prefix_tuning"},
+}
 CANDIDATE: TypeAdapter[Candidate] = TypeAdapter(Candidate)
+#: Runs of which `tasks.cost.memory.REST_MIB` was set; all others only show how well it holds.
+SET_BY = ("lora",)
+PLANNING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run."""
+
+    base: str
+    name: str
+    checkpointing: bool
+    dtype: str
+
+    def __str__(self) -> str:
+        words = [self.base, self.name, self.dtype, "checkpointing" * self.checkpointing]
+        return " ".join(filter(None, words))
 
 
 def main() -> None:
@@ -49,92 +81,149 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="LoRA alone, without checkpointing")
     parser.add_argument("--only", choices=list(TASKS))
     parser.add_argument("--methods", help="e.g. lora,ia3; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     arguments = parser.parse_args()
-    chosen = CANDIDATES[1:2] if arguments.quick else CANDIDATES
-    if arguments.methods:
-        wanted = arguments.methods.split(",")
-        chosen = [given for given in chosen if kind(given) in wanted]
-    rows: list[Result] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in [arguments.only] if arguments.only else list(TASKS):
-            work = Path(folder, name)
-            make(name, work)
-            for given in chosen:
-                for checkpointing in (False,) if arguments.quick else (False, True):
-                    for dtype in ("float32", "bfloat16"):
-                        rows += compared(name, work, given, dtype, checkpointing)
-    judged = [row for row in rows if row.met is not None]
-    inside = sum(bool(row.met) for row in judged)
-    rows.append(Result("within 10 %", f"{inside} of {len(judged)}", "runs"))
-    write("plan", rows, quick=arguments.quick, notes="error: predicted over measured, less one")
+    methods = arguments.methods.split(",") if arguments.methods else list(CANDIDATES)
+    settings = [
+        Setting(*given)
+        for given in product(
+            [arguments.only] if arguments.only else TASKS,
+            ["lora"] if arguments.quick else methods,
+            (False,) if arguments.quick else (False, True),
+            DTYPES,
+        )
+    ]
+    found = {} if arguments.quick else before()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        work = Path(folder)
+        for name in {setting.base for setting in settings}:
+            make(name, work / name)
+        runs = {
+            pool.submit(compared, setting, work / setting.base): setting for setting in settings
+        }
+        for run in as_completed(runs):
+            found[str(runs[run])] = run.result()
+            save(found, arguments.quick)
+    table(found)
 
 
-def kind(given: dict[str, Any]) -> str:
-    return "dora" if given.get("dora") else str(given["method"])
+def save(found: dict[str, list[Result]], quick: bool) -> None:
+    """All runs so far, in the order of the candidates, and how many are near enough."""
+    order = [str(Setting(*given)) for given in product(TASKS, CANDIDATES, (False, True), DTYPES)]
+    rows = [row for title in order for row in found.get(title, [])]
+    for what, named in (("set the constant", True), ("all others", False)):
+        judged = [r for r in rows if r.met is not None and (r.name.split()[1] in SET_BY) == named]
+        inside = sum(bool(row.met) for row in judged)
+        rows.append(Result(f"within 10 %: {what}", f"{inside} of {len(judged)}", "runs"))
+    notes = "error: predicted over measured, less one. LoRA set the constant."
+    keep("plan", rows, quick=quick, notes=notes)
 
 
-def compared(
-    name: str, work: Path, given: dict[str, Any], dtype: str, checkpointing: bool
-) -> list[Result]:
+def before() -> dict[str, list[Result]]:
+    """The runs that are in the results already, where this very commit made them."""
+    path = RESULTS / "plan.json"
+    commit, dirty = git_state(ignore="benchmarks/results")
+    record = json.loads(path.read_text()) if path.is_file() else {"provenance": {"commit": ""}}
+    if dirty or record["provenance"]["commit"] != commit:
+        return {}
+    found: dict[str, list[Result]] = {}
+    for row in record["rows"]:
+        title = row["name"].partition(":")[0]
+        if not title.startswith("within"):
+            found.setdefault(title, []).append(Result(**row))
+    return found
+
+
+def table(found: dict[str, list[Result]]) -> None:
+    """The table of docs/plan.md: predicted / measured (error); in bold what is not near enough."""
+    columns = [(dtype, again) for dtype in DTYPES for again in (False, True)]
+    heads = [dtype + ", checkpointing" * again for dtype, again in columns]
+    print("\n".join(["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(columns)]))
+    for base, name in product(TASKS, CANDIDATES):
+        cells = []
+        for dtype, again in columns:
+            rows = found.get(str(Setting(base, name, again, dtype)), [])
+            cell = "–"
+            if len(rows) == 3:
+                predicted, measured, error = rows
+                cell = f"{predicted.value:,} / {measured.value:,} ({float(error.value):+.0%})"
+                cell = cell if error.met else f"**{cell}**"
+            cells.append(cell)
+        print(f"| {base} {name} | " + " | ".join(cells) + " |")
+
+
+def compared(setting: Setting, work: Path) -> list[Result]:
     """One candidate: predicted, measured, error; or aloud why it was not run."""
-    title = f"{name} {kind(given)} {dtype}" + (" checkpointing" if checkpointing else "")
-    try:
-        CANDIDATE.validate_python(given)
-    except ValueError:
-        print(f"skipped: {title}: there is no such method", file=sys.stderr, flush=True)
-        return []
     train = {
         "max_steps": 4,
         "batch_tokens": 4096,
         "learning_rate": 1e-4,
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": setting.checkpointing,
     }
-    common = {"task": TASKS[name], "train": train, "dtype": dtype}
+    common = {"task": TASKS[setting.base], "train": train, "dtype": setting.dtype}
     cost = CostSpec.model_validate(
         {
             **common,
             "shape": None,
-            "candidates": [given],
+            "candidates": [CANDIDATES[setting.name]],
             "evaluate": {},
-            "max_length": LONGEST[name],
+            "max_length": LONGEST[setting.base],
         }
     )
-    run = TrainSpec.model_validate({**common, "candidate": given})
-    facts, failure = [], ""
-    for spec in (cost, run):
-        made, failure = stage(spec, work)
-        if made is None:
-            print(f"not run: {title}: {failure}", file=sys.stderr, flush=True)
-            return [Result(title, failure, "not run")]
-        facts.append(made)
-    [planned] = facts[0]["candidates"].values()
-    assert planned["trainable_parameters"] == facts[1]["trainable_parameters"]
-    predicted, measured = planned["training_mib"]["total"], facts[1]["train_peak_mib"]
+    run = TrainSpec.model_validate({**common, "candidate": CANDIDATES[setting.name]})
+    try:
+        planned = plan(cost, work)
+        facts = measure(run, work)
+    except (UserError, StageError) as error:
+        why = str(error).splitlines()[0][:160]
+        print(f"not run: {setting}: {why}", file=sys.stderr, flush=True)
+        return [Result(str(setting), why, "not run")]
+    assert planned["trainable_parameters"] == facts["trainable_parameters"]
+    predicted, measured = planned["training_mib"]["total"], facts["train_peak_mib"]
     error = predicted / measured - 1
-    print(f"{title}: {predicted:.0f} {measured:.0f} {error:+.1%}", file=sys.stderr, flush=True)
+    tensors = predicted - planned["training_mib"]["rest"]
+    print(
+        f"{setting}: {predicted:.0f} {measured:.0f} {error:+.1%}, beside tensors "
+        f"{measured - tensors:.0f}",
+        file=sys.stderr,
+        flush=True,
+    )
     return [
-        Result(f"{title}: predicted", round(predicted), "MiB"),
-        Result(f"{title}: measured", round(measured), "MiB"),
-        Result(f"{title}: error", round(error, 4), "", "within 0.1", abs(error) <= BAR),
+        Result(f"{setting}: predicted", round(predicted), "MiB"),
+        Result(f"{setting}: measured", round(measured), "MiB"),
+        Result(f"{setting}: error", round(error, 4), "", "within 0.1", abs(error) <= BAR),
     ]
 
 
-def stage(spec: CostSpec | TrainSpec, work: Path) -> tuple[dict[str, Any] | None, str]:
-    """The facts of one stage in a process of its own, or what it said when it failed."""
+def plan(spec: CostSpec, work: Path) -> dict[str, Any]:
+    """What the cost stage says of the one candidate. One at a time: it is run in this process."""
+    with PLANNING, tempfile.TemporaryDirectory() as folder:
+        found = cost_stage.run(spec, paths(work), Path(folder))
+    [planned] = found["candidates"].values()
+    return dict(planned)
+
+
+def measure(spec: TrainSpec, work: Path) -> dict[str, Any]:
+    """The facts of the train stage in a process of its own.
+
+    Raises:
+        StageError: it failed, or refused.
+    """
     call = Call(
         stage=spec.STAGE,
         stage_version=spec.VERSION,
         format="report",
         spec=spec.model_dump(mode="json"),
-        paths={"base": str(work / "base"), "prepared": str(work / "prepared")},
+        paths={name: str(path) for name, path in paths(work).items()},
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "call.json")
         path.write_text(call.model_dump_json())
         done = subprocess.run(
-            [sys.executable, "-P", "-m", f"tasks.{spec.STAGE}", str(path), "--store", folder],
+            [sys.executable, "-P", "-m", "tasks.train", str(path), "--store", folder],
             env={
                 **waiting(os.environ),
+                **heap.environment(os.environ),
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
                 "HF_HUB_OFFLINE": "1",
@@ -144,13 +233,17 @@ def stage(spec: CostSpec | TrainSpec, work: Path) -> tuple[dict[str, Any] | None
             text=True,
         )
         if not done.stdout.strip():
-            return None, done.stderr[-200:]
+            raise StageError(done.stderr[-200:])
         last = json.loads(done.stdout.splitlines()[-1])
         if done.returncode != 0:
-            return None, last["message"].splitlines()[0][:160]
+            raise StageError(last["message"])
         manifest = json.loads(Path(last["message"], "manifest.json").read_text())
         facts: dict[str, Any] = manifest["facts"]
-        return facts, ""
+        return facts
+
+
+def paths(work: Path) -> dict[str, Path]:
+    return {"base": work / "base", "prepared": work / "prepared"}
 
 
 def make(name: str, work: Path) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 from common import Result, at_least, at_most, write
 
 from tasks.core.waiting import waiting
+from tasks.train import heap
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -119,6 +120,7 @@ def spawn(side: str, work: Path, steps: int) -> dict[str, Any]:
     # Threads wait as they do in every stage, on either side.
     environment = {
         **waiting(os.environ),
+        **heap.environment(os.environ),
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
@@ -250,7 +252,7 @@ def ours(work: Path, steps: int, side: str) -> dict[str, Any]:
     rows, _ = read_rows(spec, work / "prepared")
     threads = torch.get_num_threads()
     placement.seed(0)
-    placement.keep_freed_memory()
+    heap.arrange()
     runtime.peak_reset()
     floor = runtime.resident_mib()
     base = load_base(work / "base", spec.task, None, "bfloat16")

@@ -33,10 +33,10 @@ def check(recipe_path: Path, overrides: list[str], home: Home, screen: Screen) -
 
 @dataclass(frozen=True)
 class Planned:
-    """steps: those that can be told now. later: the names of those that follow the selection."""
+    """steps: those that can be told now. later: of the others the names, and what they wait for."""
 
     steps: list[Found]
-    later: list[str]
+    later: dict[str, str]
     costs: Costs
 
 
@@ -47,7 +47,7 @@ def plan_recipe(
     recipe = load_recipe(recipe_path, overrides)
     home.open()
     if recipe.base.shape is not None:
-        return Planned([], [], costs(recipe, None, home, device))
+        return Planned([], {}, costs(recipe, None, home, device))
     calls = Calls(recipe, recipe_path, home)
     steps, later = planned(calls)
     return Planned(steps, later, costs(recipe, calls, home, device))

@@ -15,7 +15,7 @@ from flows.execute import ROOT, run_stage
 from flows.home import Home
 from flows.machine import fingerprint, resolve_dtype
 from flows.remember import Memory
-from flows.search import listed_rates, wants_search
+from flows.search import trials_of, wants_search
 from schemas.cost import Cost, CostReport
 from schemas.errors import StageError, UserError
 from schemas.recipe import Recipe
@@ -102,7 +102,7 @@ def in_all(recipe: Recipe, found: dict[str, Cost]) -> tuple[int, float | None]:
         own, whole = found[candidate.label].flops, len(recipe.all_seeds)
         trainings, share = trainings + whole, float(whole)
         if (search := recipe.search) is not None and wants_search(candidate, search):
-            trials = len(listed_rates(search)) or search.trials
+            trials = trials_of(search)
             by_steps = (candidate.train.max_steps or recipe.train.max_steps) is not None
             trainings += trials
             share += trials * search.share * (1.0 if by_steps else 1 - search.holdout)

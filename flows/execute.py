@@ -16,8 +16,9 @@ from typing import Any
 
 from flows.home import Home
 from schemas.errors import STAGE_ERRORS, Problem, StageError, UserError
-from schemas.stages import Call
+from schemas.stages import Call, TrainSpec
 from tasks.core.store import Entry, key_of, read_manifest
+from tasks.train import heap
 
 Event = dict[str, Any]
 
@@ -55,6 +56,8 @@ def run_stage(
         command = [sys.executable, "-P", "-m", f"{package}.{call.stage}", file.name]
         command += ["--store", str(home.store)]
         environment = home.environment(offline=offline) | (slot or {}) | {"PEFTFLOW_EVENTS": "1"}
+        if call.stage == TrainSpec.STAGE:
+            environment |= heap.environment(environment)
         with log.open("wb") as errors, bound(command, environment, errors) as child:
             last = _relay(child, on_event)
             code = child.wait()

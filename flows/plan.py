@@ -11,6 +11,7 @@ from typing import TypeVar
 from flows.calls import Calls, Made, NotYetError, Step
 from flows.home import Home
 from flows.remember import Diverged
+from flows.search import trials_of, wants_search
 from flows.story import Outcome, story
 from schemas.errors import DivergedError, StageError
 from schemas.report import GateVerdict, Registration
@@ -112,17 +113,39 @@ def already_done(
         return None
 
 
-def planned(calls: Calls) -> tuple[list[Found], list[str]]:
-    """The steps that can be told beforehand, and the names of those that follow a selection."""
+def planned(calls: Calls) -> tuple[list[Found], dict[str, str]]:
+    """The steps that can be told beforehand; and of those that cannot their names, with what each
+    one waits for."""
     hands = Listing(calls.home)
     try:
         story(calls, hands)
     except StageError:
         pass
     else:
-        return hands.steps, []
+        return hands.steps, {}
     known = {found.step.title for found in hands.steps}
     after = ["compare", "evaluate finished", "report", "register"]
     if calls.recipe.finish.merge:
         after.insert(1, "merge")
-    return hands.steps, [name for name in after if name not in known]
+    later = dict.fromkeys([name for name in after if name not in known], "after the selection")
+    return hands.steps, trials_left(calls, hands.steps) | later
+
+
+def trials_left(calls: Calls, steps: list[Found]) -> dict[str, str]:
+    """The trials of a search that are not among the steps, as each rate is chosen by those before,
+    and the training that follows them."""
+    search = calls.recipe.search
+    left: dict[str, str] = {}
+    for candidate in calls.recipe.candidates:
+        if search is None or not wants_search(candidate, search):
+            continue
+        own = [found.step for found in steps if found.step.label == candidate.label]
+        own = [step for step in own if step.call.stage == "train"]
+        tried = sum(step.trial is not None for step in own)
+        if tried < len(own):  # it is trained at the rate that was found
+            continue
+        if more := trials_of(search) - tried:
+            trials = "1 more trial" if more == 1 else f"{more} more trials"
+            left[f"{candidate.label}: {trials}"] = "after the first"
+        left[f"train {candidate.label}"] = "after its trials"
+    return left

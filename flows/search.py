@@ -124,7 +124,12 @@ def study_of(search: Search, more: bool) -> tuple[optuna.Study, int]:
     listed = listed_rates(search)
     for rate in listed:
         study.enqueue_trial({RATE: rate})
-    return study, len(listed) or search.trials
+    return study, trials_of(search)
+
+
+def trials_of(search: Search) -> int:
+    """How many trials each candidate has."""
+    return len(listed_rates(search)) or search.trials
 
 
 def listed_rates(search: Search) -> list[float]:

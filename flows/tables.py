@@ -86,8 +86,8 @@ def last_line(record: RunRecord) -> str:
     return f"\n{word}: run {record.run_id}, {made} of {len(record.stages)} stages made."
 
 
-def plan_table(steps: list[Found], later: list[str]) -> Table:
-    """What is in the store, what would be made, and what depends on the selection."""
+def plan_table(steps: list[Found], later: dict[str, str]) -> Table:
+    """What is in the store, what would be made, and what depends on what."""
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "", "took", "key"):
         table.add_column(column, justify="right" if column == "took" else "left")
@@ -95,8 +95,8 @@ def plan_table(steps: list[Found], later: list[str]) -> Table:
         state = "[dim]cached[/]" if found.cached else "[yellow]to make[/]"
         took = "" if found.seconds is None else seconds(found.seconds)
         table.add_row(found.step.title, state, took, found.key[:12])
-    for title in later:
-        table.add_row(title, "after the selection", "", "")
+    for title, awaited in later.items():
+        table.add_row(title, awaited, "", "")
     return table
 
 

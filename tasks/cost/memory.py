@@ -16,10 +16,9 @@ from tasks.methods.method import trained
 
 MIB = 2**20
 #: What a process on a CPU holds beside its tensors, MiB: code that oneDNN compiles for the shapes
-#: of a run, workspaces of the products, modules that loading imports, and holes in the heap.
-#: Measured (docs/plan.md), without and with gradient checkpointing, which runs products in the
-#: backward pass's own threads too.
-REST_MIB = {"float32": (250, 350), "bfloat16": (280, 320)}
+#: of a run, workspaces of the products, modules that loading imports, and holes in the heap
+#: (`tasks/train/heap.py`). Measured with LoRA (docs/plan.md), without and with checkpointing.
+REST_MIB = {"float32": (210, 230), "bfloat16": (220, 240)}
 #: AdamW's two moments, and a gradient, in float32.
 MOMENTS, GRADIENT = 8, 4
 

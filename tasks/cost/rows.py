@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from schemas.recipe import Train
 from schemas.tasks import TASKS
@@ -17,6 +18,9 @@ from tasks.train.schedule import total_steps
 TOKENS = Path("tokens") / "train.safetensors"
 #: Steps whose micro-batches are looked at for the largest.
 LOOKED_AT = 64
+#: Activations of a token, in scores: a layer keeps some 16 times its width, and a head of 64 has
+#: one score for each token of the row.
+OF_A_TOKEN = 1024
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,23 @@ def load_of(prepared: Path | None, task: str, train: Train, layout: Layout, full
     """The largest micro-batch and, from real rows, the steps."""
     rows = full_rows(layout.budget, full, task) if prepared is None else _read(prepared)
     plan = Plan(rows.lengths, train.batch_tokens, train.seed)
+    steps = total_steps(train, plan.steps_per_epoch)
     parts = [
         part
-        for step in plan.epoch(0)[:LOOKED_AT]
+        for step in plan.epoch(0)[: min(steps, LOOKED_AT)]
         for part in micro_batches(step, rows.lengths, layout)
     ]
-    largest = max(parts, key=lambda part: int(rows.lengths[part].sum()))
+    largest = max(parts, key=lambda part: kept_by(rows.lengths[part]))
     if prepared is None:
         return Load(rows, largest, None, None)
-    steps = total_steps(train, plan.steps_per_epoch)
     mean = len(rows.input_ids) / plan.steps_per_epoch
     return Load(rows, largest, steps, round(steps * mean))
+
+
+def kept_by(lengths: NDArray[np.int64]) -> int:
+    """What rows make a pass keep, in a measure of its own: so much a token of every layer's
+    activations, and its scores, which grow with the row."""
+    return int((lengths * (OF_A_TOKEN + lengths)).sum())
 
 
 def longest_of(prepared: Path | None, max_length: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 import torch.utils.deterministic
 from accelerate import Accelerator
@@ -46,20 +44,6 @@ def seed(seed: int) -> None:
     """
     runtime.seed_everything(seed)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed, instead of giving it back and faulting it in again.
-
-    Activations come and go by the megabyte; without this a third of a CPU step is page faults.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_arena_max, 1)
 
 
 def place(model: nn.Module, train: Train, device: torch.device) -> nn.Module:

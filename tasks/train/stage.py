@@ -24,7 +24,7 @@ from tasks.core.tokens import TokenRows, pixels_file
 from tasks.methods import soft
 from tasks.methods.method import count_parameters, trained
 from tasks.methods.table import method_for, methods_of
-from tasks.train import placement
+from tasks.train import heap, placement
 from tasks.train.batching import Plan, answer_tokens
 from tasks.train.checkpoint import Checkpoints
 from tasks.train.computed import flops_per_token
@@ -56,7 +56,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         return make_prompt(spec, rows, paths, out_dir)
     checkpoints = Checkpoints(out_dir / SCRATCH, identity(spec, paths["prepared"]))
     placement.seed(spec.train.seed)
-    placement.keep_freed_memory()
+    heap.arrange()
     torch.set_num_threads(checkpoints.threads)
     runtime.peak_reset()
     floor = 0.0 if runtime.device().type == "cuda" else runtime.resident_mib()

@@ -255,13 +255,13 @@ def test_a_plan_names_what_a_run_makes_and_makes_nothing(place: Path) -> None:
     first = calls(place)
     steps, later = planned(first)
     assert not any(found.cached for found in steps)
-    assert later == ["merge", "evaluate finished", "report", "register"]
+    assert list(later) == ["merge", "evaluate finished", "report", "register"]
     assert not any(first.home.store.iterdir())
     _, hands = told(first)
     assert [found.key for found in steps] == [key_of(step.call) for step in hands.made[:10]]
     steps, later = planned(calls(place))
     assert all(found.cached for found in steps)
-    assert (len(steps), later) == (14, [])
+    assert (len(steps), later) == (14, {})
     changes = calls(place, train={"learning_rate": 1e-2})
     cached = {found.step.title for found in planned(changes)[0] if found.cached}
     assert cached == {"inspect", "prepare", "cost", "cost base x 10", "evaluate base"}
@@ -401,8 +401,11 @@ def test_drawn_rates_are_the_same_every_time(place: Path) -> None:
 
 
 def test_a_plan_says_what_of_a_search_is_known(place: Path) -> None:
-    search = {"learning_rate": [0.001, 0.01], "trials": 2}
-    titles = [found.step.title for found in planned(calls(place, search=search))[0]]
+    search = {"learning_rate": [0.001, 0.01, 0.1], "trials": 3}
+    steps, later = planned(calls(place, search=search))
+    titles = [found.step.title for found in steps]
+    assert later["full: 2 more trials"] == "after the first"
+    assert later["train full"] == "after its trials"
     assert "prepare for the search" in titles
     assert "train full at rate 0.001" in titles
     assert "train full" not in titles

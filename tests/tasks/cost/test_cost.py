@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +42,7 @@ from schemas.candidates import (
 )
 from schemas.errors import UserError
 from schemas.recipe import Base, Train
-from schemas.stages import CostSpec
+from schemas.stages import Call, CostSpec
 from schemas.tasks import reads_images
 from schemas.together import Together
 from tasks.core.models import load_base
@@ -58,6 +62,7 @@ from tasks.train.loss import backbone, loss_sum
 from tasks.train.output import save_model
 from tasks.train.unpad import unpad
 
+ROOT = Path(__file__).parents[3]
 SIZES = {
     "vocab_size": 97,
     # The narrowest that bitsandbytes quantises.
@@ -423,3 +428,32 @@ def test_a_directory_needs_no_weights_and_its_figures_add_up(tmp_path: Path) -> 
 def test_a_base_is_a_model_or_a_shape(given):
     with pytest.raises(ValueError, match="exactly one of `model` and `shape`"):
         Base(**given)
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_the_stage_by_itself_tells_the_same(bases, tmp_path, name):
+    """Without bitsandbytes too, which its process hides where nothing needs it."""
+    spec = spec_of(CANDIDATES[name])
+    call = Call(
+        stage=spec.STAGE,
+        stage_version=spec.VERSION,
+        format="report",
+        spec=spec.model_dump(mode="json"),
+        paths={"base": str(bases["causal-lm"])},
+    )
+    (tmp_path / "call.json").write_text(call.model_dump_json())
+    code = (
+        "import runpy, sys; runpy.run_module('tasks.cost', run_name='__main__', alter_sys=True); "
+        "print(sys.modules.get('bitsandbytes') is None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "call.json"), "--store", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PEFTFLOW_EVENTS": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    *_, entry, hidden = done.stdout.splitlines()
+    assert hidden == str(name != "qlora")
+    alone = json.loads(Path(json.loads(entry)["message"], "plan.json").read_text())
+    assert alone == run(spec, {"base": bases["causal-lm"]}, tmp_path)
