@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification"]
+Task = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification"]
 
 
 @dataclass(frozen=True)
@@ -15,16 +15,22 @@ class TaskKind:
     labels: what has a label of its own, and so a head that is new for each task; None: answers
         are generated.
     metrics: the names of its figures, and whether more is better.
+    encoder_decoder: whether an encoder reads the prompt and a decoder writes the answer, so that
+        both are padded, cut and counted apart.
     """
 
     labels: Literal["row", "token"] | None
     metrics: dict[str, bool]
+    encoder_decoder: bool = False
+
+
+#: Of tasks whose answers are generated.
+ANSWERS = {"exact_match": True, "field_f1": True, "perplexity": False, "loss": False}
 
 
 TASKS: dict[str, TaskKind] = {
-    "causal-lm": TaskKind(
-        None, {"exact_match": True, "field_f1": True, "perplexity": False, "loss": False}
-    ),
+    "causal-lm": TaskKind(None, ANSWERS),
+    "seq2seq": TaskKind(None, {**ANSWERS, "rouge_l": True}, encoder_decoder=True),
     "sequence-classification": TaskKind("row", {"accuracy": True, "macro_f1": True, "loss": False}),
     "token-classification": TaskKind(
         "token",
@@ -42,3 +48,13 @@ TASKS: dict[str, TaskKind] = {
 def is_labelled(task: str) -> bool:
     """Whether a task has labels.json and a head of as many outputs."""
     return TASKS[task].labels is not None
+
+
+def is_encoder_decoder(task: str) -> bool:
+    """Whether its rows are a source for an encoder and a target for a decoder."""
+    return TASKS[task].encoder_decoder
+
+
+def is_packable(task: str) -> bool:
+    """Whether a row is one sequence that a decoder reads, which can stand behind another."""
+    return not is_labelled(task) and not is_encoder_decoder(task)

@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from schemas.errors import StageError, UserError
+from schemas.tasks import is_encoder_decoder, is_labelled
 from tasks.core import quantised
 from tasks.core.bases import require_safetensors
 from tasks.core.progress import warn
@@ -36,6 +38,7 @@ from tasks.core.shots import is_prompt
 
 MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
 }
@@ -81,6 +84,40 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 def load_config(base: Path) -> Any:
     return AutoConfig.from_pretrained(base, local_files_only=True)
+
+
+def check_kind(config: Any, task: str, place: Path | str) -> None:
+    """Raise a UserError where a decoder alone is to be an encoder and a decoder, or these are to
+    be a decoder alone, of which transformers would load a part without a word.
+
+    place: where the base comes from, for the error.
+    """
+    if is_labelled(task) or bool(config.is_encoder_decoder) == is_encoder_decoder(task):
+        return
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        found, fix = f"an encoder and a decoder ({kind})", "write `task: seq2seq`"
+    else:
+        found, fix = f"a single stack of layers ({kind})", "write `task: causal-lm`"
+    raise UserError.at(
+        place, f"is {found}, which is no base for {task}", f"{fix}, or choose another base"
+    )
+
+
+def decoder_start(config: Any) -> int:
+    """The token that a decoder begins every answer with.
+
+    Raises:
+        UserError: the configuration names none, so that nothing says how answers begin.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise UserError.at(
+            "base.model",
+            f"its config.json names no decoder_start_token_id ({config.model_type})",
+            "set it to the token that its decoder was pretrained to begin with",
+        )
+    return int(start)
 
 
 def read_labels(prepared: Path) -> list[str] | None:
@@ -159,6 +196,7 @@ def _load(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model and transformers' account of which tensors were found."""
     require_safetensors(place)
+    check_kind(load_config(place), task, place)
     extra: dict[str, Any] = {}
     if labels is not None:
         extra = {

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from schemas.candidates import Candidate
 from schemas.errors import UserError
-from tasks.core.models import MODEL_CLASSES, load_config, unquantised_modules
+from tasks.core.models import MODEL_CLASSES, check_kind, load_config, unquantised_modules
 from tasks.core.quantised import check_widths
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
@@ -50,6 +50,7 @@ def base_on_meta(config: Any, task: str, dtype: Dtype) -> nn.Module:
     Raises:
         UserError: a configuration of which no model for this task can be made.
     """
+    check_kind(config, task, "base")
     try:
         with torch.device("meta"):
             model: nn.Module = MODEL_CLASSES[task].from_config(config, dtype=TORCH_DTYPES[dtype])

@@ -12,7 +12,7 @@ from torch import nn
 from schemas.candidates import Candidate
 from schemas.errors import Problem, UserError
 from schemas.stages import InspectSpec
-from tasks.core.models import MODEL_CLASSES, load_config
+from tasks.core.models import MODEL_CLASSES, check_kind, load_config
 from tasks.methods.method import count_parameters, trained
 from tasks.methods.table import method_for
 
@@ -44,8 +44,10 @@ def run(spec: InspectSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, A
 
 def shapes(base: Path, task: str) -> nn.Module:
     """The base without its weights."""
+    config = load_config(base)
+    check_kind(config, task, "base.model")
     with torch.device("meta"):
-        model: nn.Module = MODEL_CLASSES[task].from_config(load_config(base))
+        model: nn.Module = MODEL_CLASSES[task].from_config(config)
     return model
 
 

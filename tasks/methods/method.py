@@ -20,6 +20,7 @@ from tasks.methods.course import Course
 
 TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "sequence-classification": TaskType.SEQ_CLS,
     "token-classification": TaskType.TOKEN_CLS,
 }
