@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig, T5Config
 
 from schemas.stages import EvaluateSpec
-from schemas.tasks import TASKS, is_labelled
+from schemas.tasks import is_encoder_decoder, is_labelled
 from tasks.core import quantised, runtime
 from tasks.core.models import MODEL_CLASSES, load_config, load_trained
 from tasks.core.quantised import Quantisation
@@ -32,12 +32,14 @@ from tasks.evaluate.generate import generate_batch
 from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import read_subject
 
-CONFIGS = {task: BertConfig if is_labelled(task) else LlamaConfig for task in TASKS}
+#: What toys are, of the same sizes under each kind's own names.
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+PAIR_SIZES = {"vocab_size": 64, "d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2}
 
 
 def how(spec: EvaluateSpec) -> str:
     """The measurement in words."""
-    if spec.task == "causal-lm":
+    if not is_labelled(spec.task):
         longest = max(spec.evaluate.prompt_lengths)
         work = (
             f"{max(spec.evaluate.batch_sizes)} prompts of {longest} tokens, "
@@ -82,7 +84,7 @@ def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows, more: int 
 
     more: tokens that its examples add to a prompt.
     """
-    if spec.task == "causal-lm":
+    if not is_labelled(spec.task):
         new = spec.evaluate.max_new_tokens
         length = workload.prompt_length(model, max(spec.evaluate.prompt_lengths) + more, new)
         prompts = workload.prompts(rows, max(spec.evaluate.batch_sizes), length)
@@ -118,14 +120,11 @@ def settle(
 
 def toy(task: str, positions: int) -> Any:
     """A model of the task that weighs next to nothing."""
-    config = CONFIGS[task](
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-    )
+    if is_encoder_decoder(task):
+        config: Any = T5Config(**PAIR_SIZES, num_heads=2, decoder_start_token_id=0)
+    else:
+        kind = BertConfig if is_labelled(task) else LlamaConfig
+        config = kind(**SIZES, intermediate_size=128, max_position_embeddings=positions)
     return MODEL_CLASSES[task].from_config(config)
 
 

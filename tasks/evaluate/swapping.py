@@ -22,8 +22,9 @@ from schemas.report import Swapping
 from tasks.core import runtime
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
-from tasks.evaluate.batches import pad_id_of, right_padded, run_on
+from tasks.evaluate.batches import run_on
 from tasks.evaluate.latency import quiet, wait
+from tasks.evaluate.pairs import first_rows
 from tasks.evaluate.subject import Subject
 
 ADAPTERS = 10
@@ -112,8 +113,7 @@ def swap(pool: Any, name: str) -> None:
 def comes_back(pool: Any, names: list[str], fresh: torch.nn.Module, rows: TokenRows) -> bool:
     """Whether the first adapter, after all others have had their turn and worked, gives the
     logits of a fresh load. Another one must give others, or nothing was swapped."""
-    few = [rows.row(index) for index in range(min(len(rows), ROWS))]
-    batch = right_padded(few, pad_id_of(fresh))
+    batch = first_rows(fresh, rows, ROWS)
     expected = run_on(fresh, batch).logits
     for name in names[1:]:
         swap(pool, name)

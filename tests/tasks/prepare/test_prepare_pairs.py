@@ -1,4 +1,4 @@
-"""Rows for an encoder and a decoder: both sides as the tokenizer writes them, each with its limit."""
+"""Rows for an encoder and a decoder: each side as the tokenizer writes it, with its own limit."""
 
 from __future__ import annotations
 

@@ -18,12 +18,14 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
-from schemas.tasks import TASKS
+from schemas.tasks import TASKS, is_encoder_decoder, is_labelled
 from tasks.core.entities import IGNORED
 from tasks.core.models import TUNER, load_base, load_trained
 from tasks.core.tokens import TokenRows
@@ -40,6 +42,15 @@ CONFIG = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
+}
+T5 = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 3,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
 }
 
 
@@ -62,19 +73,19 @@ def write_rows(folder: Path, task: str, count: int = 120) -> None:
     (folder / "tokens").mkdir(parents=True)
     mask = np.ones(len(ids), dtype=np.uint8)
     mask[offsets[:-1]] = 0
-    causal = task == "causal-lm"
+    answers = not is_labelled(task)
     token_labels = (ids * 3 // CONFIG["vocab_size"]).astype(np.int32)
     token_labels[offsets[:-1]] = IGNORED
     TokenRows(
         input_ids=ids.astype(np.int32),
         offsets=offsets,
         source_rows=np.arange(count) + 1,
-        loss_mask=mask if causal else None,
-        answer_start=np.ones(count, dtype=np.int64) if causal else None,
+        loss_mask=mask if answers else None,
+        answer_start=np.full(count, 1 + 2 * is_encoder_decoder(task)) if answers else None,
         labels=starts * 3 // 70 if task == "sequence-classification" else None,
         token_labels=token_labels if task == "token-classification" else None,
     ).save(folder / "tokens" / "train.safetensors")
-    if not causal:
+    if not answers:
         (folder / "labels.json").write_text(json.dumps(LABELS))
 
 
@@ -84,6 +95,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
     torch.manual_seed(0)
     bases = {
         "causal-lm": LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=True)),
+        "seq2seq": T5ForConditionalGeneration(T5Config(**T5)),
         "sequence-classification": BertForSequenceClassification(BertConfig(**CONFIG)),
         "token-classification": BertForTokenClassification(BertConfig(**CONFIG)),
     }
@@ -101,6 +113,13 @@ def make_spec(task: str, candidate: dict[str, object], dtype: str = "float32", *
     return TrainSpec.model_validate(
         {"task": task, "candidate": candidate, "train": settings, "dtype": dtype}
     )
+
+
+def inputs_of(task: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One row as the task's model takes it; a decoder goes on from three of the tokens."""
+    if not is_encoder_decoder(task):
+        return {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": torch.cat([ids[:, :1] * 0, ids[:, 3:]], 1)}
 
 
 FULL = {"method": "full"}
@@ -144,14 +163,13 @@ def test_both_methods_learn_every_task_and_reload(tmp_path, places, task, candid
     assert curve[-1].tokens == facts["tokens"]
     assert facts["format"] == ("transformers" if candidate == FULL else "peft-adapter")
 
-    labels = LABELS if task != "causal-lm" else None
+    labels = LABELS if is_labelled(task) else None
     base = load_base(places[task]["base"], task, labels, dtype)
     tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
     ids = torch.arange(5, 13)[None]
+    asked = inputs_of(task, ids)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        assert not torch.allclose(
-            tuned(input_ids=ids).logits, base(input_ids=ids).logits, atol=0.05
-        )
+        assert not torch.allclose(tuned(**asked).logits, base(**asked).logits, atol=0.05)
         if task == "causal-lm" and candidate == FULL:
             # Rows count upwards, and the tuned model does.
             guesses = tuned(input_ids=ids).logits[0, 1:-1].argmax(-1)
@@ -164,7 +182,7 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
     """The loss falls, and a fresh base with the adapter differs from the base alone."""
     rate = 0.1 if task == "causal-lm" else 0.03
     spec = make_spec(task, candidate, dtype, learning_rate=rate, max_steps=60)
-    if task == "causal-lm" and candidate["method"] == "bitfit":
+    if not is_labelled(task) and candidate["method"] == "bitfit":
         with pytest.raises(UserError, match="has no bias"):
             run(spec, places[task], tmp_path)
         return
@@ -176,14 +194,12 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
     assert (tmp_path / "model" / TUNER).exists() == (
         candidate["method"] in ("bitfit", "bottleneck")
     )
-    labels = LABELS if task != "causal-lm" else None
+    labels = LABELS if is_labelled(task) else None
     base = load_base(places[task]["base"], task, labels, dtype)
     tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
-    ids = torch.arange(5, 13)[None]
+    asked = inputs_of(task, torch.arange(5, 13)[None])
     with torch.no_grad():
-        assert not torch.allclose(
-            run_on(tuned, {"input_ids": ids}).logits, base(input_ids=ids).logits, atol=0.05
-        )
+        assert not torch.allclose(run_on(tuned, asked).logits, base(**asked).logits, atol=0.05)
 
 
 def test_an_adapter_of_a_kind_that_peft_lacks_brings_its_tuner(tmp_path, places):
