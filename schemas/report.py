@@ -111,8 +111,8 @@ class Accuracy(Strict):
 
     metrics: dict[str, Interval] = Field(
         description="sequence-classification: accuracy, macro_f1, loss. causal-lm: exact_match, "
-        "field_f1 (where answers are JSON objects), perplexity, loss (nats per answer token); seq2seq: "
-        "rouge_l too. "
+        "field_f1 (where answers are JSON objects), perplexity, loss (nats per answer token). "
+        "seq2seq: these and rouge_l. "
         "token-classification: entity_f1, entity_precision, entity_recall, token_accuracy, loss "
         "(nats per token)."
     )

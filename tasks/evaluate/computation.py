@@ -150,8 +150,8 @@ def micro_batch(rows: TokenRows, task: str, tokens: int) -> MicroBatch:
 
 def pair_batch(rows: TokenRows, nearest: NDArray[np.int64]) -> MicroBatch:
     """Sources and targets, each cut to the shortest of theirs."""
-    sources, targets = zip(*(sides(rows, index) for index in nearest), strict=True)
-    sources, targets = ([row[: min(map(len, side))] for row in side] for side in (sources, targets))
+    both = zip(*(sides(rows, index) for index in nearest), strict=True)
+    sources, targets = ([row[: min(map(len, side))] for row in side] for side in both)
     # Any token can stand for the start: what is timed does not depend on it.
     inputs = pair_inputs(sources, targets, pad_id=0, start_id=0)
     return MicroBatch(inputs, None, torch.from_numpy(np.concatenate(targets)).long())

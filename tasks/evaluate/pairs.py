@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from tasks.core.entities import IGNORED
@@ -63,7 +64,7 @@ def first_rows(model: torch.nn.Module, rows: TokenRows, count: int) -> Inputs:
 
 
 def pair_losses(
-    model: torch.nn.Module, rows: TokenRows, group: Sequence[int]
+    model: torch.nn.Module, rows: TokenRows, group: NDArray[np.int64]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed cross entropy of each target, float64 [B], and its tokens, [B]."""
     sources, targets = zip(*(sides(rows, index) for index in group), strict=True)

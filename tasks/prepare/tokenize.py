@@ -212,7 +212,8 @@ class Batch:
     def pairs(self, text: TextRules, refused: dict[int, str]) -> list[str]:
         """All prompts, then all completions. One that spells a stop would end there."""
         forged = spells(self.frame["completion"], text.stop_words).to_numpy()
-        refused.update({self.start + index: "control_token" for index in np.flatnonzero(forged)})
+        for index in np.flatnonzero(forged).tolist():
+            refused[self.start + index] = "control_token"
         self.indices = np.flatnonzero(~forged).tolist()
         kept = self.frame[self.indices]
         return [*kept["prompt"].to_list(), *kept["completion"].to_list()]

@@ -17,15 +17,20 @@ from tasks.register import registry
 
 def answer_request(model_uri: str, request: Path, answer: Path) -> None:
     """Write the logits of each row's tokens, and the tokens that each row's text becomes."""
-    rows = json.loads(request.read_text())
+    rows, has_encoder = json.loads(request.read_text()).values()
     served = registry.load_served(model_uri, os.environ["MLFLOW_TRACKING_URI"])
     # One row at a time: padding changes sums, and the difference is to be zero.
-    logits = {str(index): served.logits([tokens])[0] for index, (tokens, _) in enumerate(rows)}
+    logits = {
+        str(index): served.logits([tokens[:end]], [tokens[end:]])[0]
+        if has_encoder
+        else served.logits([tokens])[0]
+        for index, (tokens, end, _) in enumerate(rows)
+    }
     save_file(
         {name: row.contiguous() for name, row in logits.items()}, answer / "logits.safetensors"
     )
     longest = served.serving["max_new_tokens"]
-    asked = [served.ask(text, longest) for _, text in rows]
+    asked = [served.ask(text, longest) for _, _, text in rows]
     (answer / "asked.json").write_text(json.dumps(asked))
 
 

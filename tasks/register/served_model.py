@@ -5,9 +5,9 @@ adapter, or the examples of a prompt, with the content hash of the base), the to
 `serving.json`, which says what training used: the task, the template, the dtype, the tokens that
 end an answer.
 
-A causal model answers prompts: plain text, or a conversation as a JSON list of
-`{"role": …, "content": …}`. A classifier gives each text its label and that label's probability,
-or, where tokens have labels, the spans that it finds, as a JSON list.
+A language model answers prompts: plain text, or, with a chat template, a conversation as a JSON
+list of `{"role": …, "content": …}`. A classifier gives each text its label and that label's
+probability, or, where tokens have labels, the spans that it finds, as a JSON list.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -38,6 +39,7 @@ from transformers import (
 
 MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
 }
@@ -61,6 +63,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(package, self.serving).to(self.device).eval()
         self.pad_id = pad_id_of(self.model, self.tokenizer)
+        self.writes = self.serving["task"] in ("causal-lm", "seq2seq")
+        self.encodes = self.serving["task"] == "seq2seq"
         self.batch_rows = batch_rows(self.model)
         if (package / "model" / "examples.safetensors").exists():
             self.examples = Examples(package / "model")
@@ -71,10 +75,10 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """One row out for one row in: `completion`, `label` and `score`, or `spans`.
 
         model_input: MLflow makes a frame of a list, too; the first column counts.
-        params: max_new_tokens, for a causal model.
+        params: max_new_tokens, for a language model.
         """
         rows = [str(row) for row in model_input.iloc[:, 0]]
-        if self.serving["task"] == "causal-lm":
+        if self.writes:
             longest = int((params or {}).get("max_new_tokens", self.serving["max_new_tokens"]))
             return pd.DataFrame({"completion": self.complete(rows, longest)})
         if self.serving["task"] == "token-classification":
@@ -88,7 +92,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 conversation(row), tokenize=False, add_generation_prompt=True
             )
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if self.serving["task"] != "causal-lm":
+        if self.encodes or not self.writes:
             return list(self.encode_whole(row)["input_ids"])
         encoded = self.tokenizer(row, return_special_tokens_mask=True)
         ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
@@ -98,7 +102,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return ids
 
     def encode_whole(self, row: str) -> Any:
-        """A text to classify, cut as in training, with the characters of each token."""
+        """A text to classify, or to be read by an encoder: cut as in training, with the characters
+        of each token."""
         return self.tokenizer(
             row,
             truncation=True,
@@ -124,13 +129,18 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             do_sample=False,
             eos_token_id=self.serving["stop_ids"],
             pad_token_id=self.pad_id,
+            decoder_start_token_id=self.model.config.decoder_start_token_id
+            if self.encodes
+            else None,
         )
+        # What the base's own settings say (beams, a first token, a length) was not evaluated.
+        self.model.generation_config = settings
         for batch in batches(prompts, self.batch_rows):
-            inputs = padded([prompts[row] for row in batch], self.pad_id, left=True)
+            inputs = padded([prompts[row] for row in batch], self.pad_id, left=not self.encodes)
             ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
             written_BT = self.model.generate(
                 input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings
-            )[:, ids_BT.shape[1] :]
+            )[:, 1 if self.encodes else ids_BT.shape[1] :]
             for row, ids in zip(batch, written_BT.tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if self.ends(token)), len(ids))
                 answers[row] = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -172,10 +182,27 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return found
 
     @torch.inference_mode()
-    def logits(self, rows: list[list[int]]) -> list[torch.Tensor]:
+    def logits(
+        self, rows: list[list[int]], targets: list[list[int]] | None = None
+    ) -> list[torch.Tensor]:
         """The logits of each row of tokens, float32: [T, vocabulary], [classes], or
-        [T, classes]."""
-        if self.serving["task"] == "causal-lm":
+        [T, classes]; of a decoder beside an encoder, those of each target.
+
+        targets: what it is to say, of which it reads all but the last behind its start token.
+        """
+        if targets is not None:
+            pairs = zip(rows, targets, strict=True)
+            return [
+                self.model(
+                    input_ids=torch.tensor([row], device=self.device),
+                    labels=torch.tensor([target], device=self.device),
+                )
+                .logits[0]
+                .float()
+                .cpu()
+                for row, target in pairs
+            ]
+        if self.writes:
             alone = (torch.tensor([row], device=self.device) for row in rows)
             # Behind a soft prompt, PEFT gives logits of its virtual tokens too, in front.
             return [

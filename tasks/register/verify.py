@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from schemas.errors import StageError
+from schemas.tasks import is_encoder_decoder, is_packable
 from tasks.core.models import load_config, load_trained
 from tasks.core.shots import Shots, room_of
 from tasks.register.asked import Asked, held_out_rows
@@ -55,7 +56,11 @@ def reload(
     scratch.mkdir(parents=True, exist_ok=True)
     rows = asked_rows(paths, serving)
     request, answer = scratch / "rows.json", scratch / "answer"
-    request.write_text(json.dumps([[row.tokens, row.text] for row in rows]))
+    told = {
+        "rows": [[row.tokens, len(row.prompt), row.text] for row in rows],
+        "has_encoder": is_encoder_decoder(serving["task"]),
+    }
+    request.write_text(json.dumps(told))
     answer.mkdir(exist_ok=True)
     # -P: a directory named `tasks` where the user stands must not be taken for ours.
     command = [
@@ -81,7 +86,7 @@ def reload(
         subprocess.Popen(command, env=environment, stdout=errors, stderr=errors) as child,
     ):
         try:
-            expected = expected_logits([row.tokens for row in rows], paths, serving)
+            expected = expected_logits(rows, paths, serving)
         except BaseException:
             child.kill()
             raise
@@ -121,7 +126,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def expected_logits(
-    rows: list[list[int]], paths: dict[str, Path], serving: dict[str, Any]
+    rows: list[Asked], paths: dict[str, Path], serving: dict[str, Any]
 ) -> list[torch.Tensor]:
     """What the finished entry gives, one row at a time, float32; shapes as `ServedModel.logits`."""
     model = load_trained(
@@ -131,8 +136,17 @@ def expected_logits(
         serving["labels"],
         serving["dtype"],
     )
-    logits = [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
-    if serving["task"] != "causal-lm":
+    logits = [model(**whole(row, serving["task"])).logits[0].float() for row in rows]
+    if not is_packable(serving["task"]):
         return logits
     # PEFT gives logits of the virtual tokens of a prompt too, in front.
-    return [logits_TV[-len(row) :] for logits_TV, row in zip(logits, rows, strict=True)]
+    return [logits_TV[-len(row.tokens) :] for logits_TV, row in zip(logits, rows, strict=True)]
+
+
+def whole(row: Asked, task: str) -> dict[str, torch.Tensor]:
+    """All of a row as its model takes it: a decoder beside an encoder shifts its labels itself."""
+    if not is_encoder_decoder(task):
+        return {"input_ids": torch.tensor([row.tokens])}
+    end = len(row.prompt)
+    source, target = row.tokens[:end], row.tokens[end:]
+    return {"input_ids": torch.tensor([source]), "labels": torch.tensor([target])}
