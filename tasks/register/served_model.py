@@ -63,11 +63,19 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(package, self.serving).to(self.device).eval()
         self.pad_id = pad_id_of(self.model, self.tokenizer)
-        self.writes = self.serving["task"] in ("causal-lm", "seq2seq")
-        self.encodes = self.serving["task"] == "seq2seq"
         self.batch_rows = batch_rows(self.model)
         if (package / "model" / "examples.safetensors").exists():
             self.examples = Examples(package / "model")
+
+    @property
+    def writes(self) -> bool:
+        """Whether answers are generated."""
+        return self.serving["task"] in ("causal-lm", "seq2seq")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads a prompt, and a decoder beside it writes the answer."""
+        return self.serving["task"] == "seq2seq"
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -134,7 +142,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             else None,
         )
         # What the base's own settings say (beams, a first token, a length) was not evaluated.
-        self.model.generation_config = settings
+        getattr(self.model, "get_base_model", lambda: self.model)().generation_config = settings
         for batch in batches(prompts, self.batch_rows):
             inputs = padded([prompts[row] for row in batch], self.pad_id, left=not self.encodes)
             ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
@@ -192,16 +200,11 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """
         if targets is not None:
             pairs = zip(rows, targets, strict=True)
-            return [
-                self.model(
-                    input_ids=torch.tensor([row], device=self.device),
-                    labels=torch.tensor([target], device=self.device),
-                )
-                .logits[0]
-                .float()
-                .cpu()
-                for row, target in pairs
-            ]
+            pairs = (
+                (torch.tensor([row], device=self.device), torch.tensor([said], device=self.device))
+                for row, said in zip(rows, targets, strict=True)
+            )
+            return [self.model(input_ids=i, labels=t).logits[0].float().cpu() for i, t in pairs]
         if self.writes:
             alone = (torch.tensor([row], device=self.device) for row in rows)
             # Behind a soft prompt, PEFT gives logits of its virtual tokens too, in front.
