@@ -168,9 +168,15 @@ def load_base(
 
 
 def unquantised_modules(model: Any) -> tuple[str, ...]:
-    """The heads by name: they stay in the base's dtype where all else is quantised."""
+    """The heads by name, which stay in the base's dtype where all else is quantised, and what
+    transformers never quantises in this kind (`wo` of a T5)."""
     output = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is output]
+    kept = set(model._keep_in_fp32_modules or ())
+    names = [
+        name
+        for name, module in model.named_modules()
+        if module is output or kept.intersection(name.split(".")[-1:])
+    ]
     return (*names, *head_modules(model))
 
 
