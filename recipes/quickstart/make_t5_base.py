@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import platform
 import random
 import shutil
@@ -28,6 +29,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 
 HERE = Path(__file__).parent
 SENTINELS = [f"<extra_id_{number}>" for number in range(32)]
+RETENTION_ROWS = 120
 #: Share of a document's tokens that is cut out, and tokens of one span on average. T5 cuts out
 #: 0.15; a run as short as this one learns more from each document with more.
 CUT_SHARE, SPAN_TOKENS = 0.3, 3.0
@@ -260,6 +262,23 @@ def build(out: Path, steps: int, seed: int, learning_rate: float) -> None:
     print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()):,} bytes")
 
 
+def write_retention(place: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """What the base can do and the task does not ask for: documents of their own with spans cut
+    out, as rows of the recipe."""
+    rng = random.Random(seed)
+    marks, end = tokenizer.convert_tokens_to_ids(SENTINELS), tokenizer.eos_token_id
+    texts = (text.removesuffix(END) for text in documents("retention", seed))
+    with place.open("w", encoding="utf-8") as file:
+        for text in itertools.islice(texts, RETENTION_ROWS):
+            row = tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST]
+            source, target = (
+                tokenizer.decode(part[:-1]) for part in cut_spans(row, marks, end, rng)
+            )
+            file.write(
+                json.dumps({"prompt": source, "completion": target}, ensure_ascii=False) + "\n"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "t5-base")
@@ -274,6 +293,7 @@ def main() -> None:
     print(f"python {platform.python_version()}, {versions}")
     print(f"cpu {torch.backends.cpu.get_cpu_capability()}, {vars(args)}")
     build(args.out, args.steps, args.seed, args.learning_rate)
+    write_retention(HERE / "t5-retention.jsonl", tokenizer_with_sentinels(HERE / "base"), args.seed)
 
 
 if __name__ == "__main__":
