@@ -22,8 +22,8 @@ import numpy as np
 from common import Result, write
 from pydantic import TypeAdapter
 
-from schemas.candidates import Candidate
 from schemas.stages import Call, CostSpec, TrainSpec
+from schemas.together import Candidate
 from tasks.core.waiting import waiting
 
 ROOT = Path(__file__).parents[1]

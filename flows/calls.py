@@ -18,7 +18,7 @@ from flows.home import Home
 from flows.hub import base_directory, sources
 from flows.machine import Dtype, resolve_dtype
 from flows.remember import FileHashes
-from schemas.candidates import Candidate, TrainOverrides
+from schemas.candidates import TrainOverrides
 from schemas.errors import Problem, StageError, UserError
 from schemas.load import resolve
 from schemas.manifest import FileFormat
@@ -37,9 +37,11 @@ from schemas.stages import (
     Spec,
     TrainSpec,
 )
-from schemas.tasks import is_labelled
+from schemas.tasks import is_labelled, reads_images
+from schemas.together import Candidate
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
 from tasks.core.store import read_manifest
+from tasks.prepare.references import named_images
 
 
 class Made(Protocol):
@@ -129,6 +131,9 @@ class Calls:
                 continue
             paths[split] = resolve(source.path, self._path)
             outside[split] = self._hashes.of_file(paths[split])
+            if reads_images(self.recipe.task):
+                names = named_images(paths[split], source.columns.get("image", "image"))
+                outside[f"{split} images"] = self._hashes.of_named(names, paths[split].parent)
             renamed[split] = source.model_copy(update={"path": paths[split].name})
         spec = PrepareSpec(task=self.recipe.task, data=data.model_copy(update=renamed))
         return self._step(spec, "rows", paths=paths, outside=outside, label=label)
@@ -141,13 +146,16 @@ class Calls:
         )
         return replace(self._train(candidate, rows, schedule), seed=seed)
 
-    def cost(self, rows: Made | None) -> Step:
-        """What each candidate would cost. rows: None where they are still to be prepared."""
+    def cost(self, rows: Made | None, times: float = 1.0) -> Step:
+        """What each candidate would cost.
+
+        rows: None where they are still to be prepared. times: on a base so many times as large.
+        """
         outside = {"base": self._hashes.of_files([self.base / "config.json"])}
         inputs = {"prepared": rows} if rows else {}
-        return self._step(
-            cost_spec(self.recipe, self.dtype), "report", inputs, self._with_base, outside
-        )
+        spec = cost_spec(self.recipe, self.dtype).model_copy(update={"times": times})
+        label = "" if times == 1 else f"base x {times:g}"
+        return self._step(spec, "report", inputs, self._with_base, outside, label)
 
     def trial(self, candidate: Candidate, rows: Made, search: Search, rate: float) -> Step:
         """A shorter training at another rate."""

@@ -64,6 +64,7 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
             True,
         ),
         Line("", "backward MFLOP/token", reader("backward_flops_per_token", 1e-6), ",.2f", True),
+        Line("", "training MFLOP/token", reader("train_flops_per_token", 1e-6), ",.2f", True),
         Line("", "FLOPs, full tuning = 1", reader("flops_ratio_to_full"), ".2f", True),
         Line("", "step time, s", reader("step_time_s"), ".3f", True),
         Line("", "training tokens/s", reader("train_tokens_per_s"), ",.0f", False),

@@ -28,7 +28,10 @@ class Memory:
         return self._known.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        self._known[key] = value
+        self.update({key: value})
+
+    def update(self, values: dict[str, Any]) -> None:
+        self._known |= values
         write_atomic(self._path, json.dumps(self._known, indent=0))
 
 
@@ -59,16 +62,35 @@ class FileHashes:
         self._memory = Memory(path)
 
     def of_file(self, path: Path) -> str:
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        known = self._memory.get(str(path))
-        if known is not None and known[:3] == stamp:
-            return str(known[3])
-        digest = sha256_file(path)
-        if time.time() - stat.st_mtime > SETTLED_S:
-            self._memory.put(str(path), [*stamp, digest])
+        [digest] = self._digests([path])
         return digest
 
     def of_files(self, paths: list[Path]) -> str:
         """One hash of several files' names and contents. Where they lie does not count."""
         return sha256_json({path.name: self.of_file(path) for path in paths})
+
+    def of_named(self, names: list[str], root: Path) -> str:
+        """One hash of files that are named relative to `root`, and of which are not there."""
+        paths = {name: root / name for name in names}
+        there = [name for name, path in paths.items() if path.is_file()]
+        digests = self._digests([paths[name] for name in there])
+        found: dict[str, str | None] = dict.fromkeys(names)
+        return sha256_json(found | dict(zip(there, digests, strict=True)))
+
+    def _digests(self, paths: list[Path]) -> list[str]:
+        """The hash of each file; what is new is remembered at once, in one write."""
+        digests: list[str] = []
+        fresh: dict[str, Any] = {}
+        for path in paths:
+            stat = path.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            known = self._memory.get(str(path))
+            if known is not None and known[:3] == stamp:
+                digests.append(str(known[3]))
+                continue
+            digests.append(sha256_file(path))
+            if time.time() - stat.st_mtime > SETTLED_S:
+                fresh[str(path)] = [*stamp, digests[-1]]
+        if fresh:
+            self._memory.update(fresh)
+        return digests

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from flows.calls import Calls, Made, Step, figures_of
-from schemas.candidates import Candidate
 from schemas.errors import DivergedError, StageError
 from schemas.recipe import RateRange, Search
 from schemas.report import Trial
+from schemas.together import Candidate
 
 if TYPE_CHECKING:
     import optuna

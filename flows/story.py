@@ -17,10 +17,13 @@ from pydantic import BaseModel
 from flows.calls import Calls, Made, NotYetError, Step
 from flows.search import Searched, search_rate, wants_search
 from flows.select import Choice, choose
-from schemas.candidates import Candidate
 from schemas.errors import StageError, UserError
 from schemas.report import Comparison, CriteriaReport, GateVerdict, Registration
+from schemas.together import Candidate
 from tasks.register.gate import judge
+
+#: What the report tells of a base that is so many times as large.
+LARGER = 10.0
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -115,7 +118,8 @@ def story(calls: Calls, hands: Hands) -> Outcome:
 
     finished, chosen = trained[choice.label], candidates[choice.label]
     if recipe.finish.merge and not chosen.MERGES and chosen.FORMAT != "transformers":
-        choice = replace(choice, why=f"{choice.why}; {chosen.method} {unmerged(chosen)}")
+        method = " with ".join(part.method for part in chosen.parts)
+        choice = replace(choice, why=f"{choice.why}; {method} {unmerged(chosen)}")
     if recipe.finish.merge and chosen.MERGES:
         finished = hands.make(calls.merge(choice.label, rows, finished))
     evaluated = hands.make(calls.evaluate("finished", rows, finished))
@@ -146,17 +150,21 @@ def story(calls: Calls, hands: Hands) -> Outcome:
 
 
 def expected(calls: Calls, hands: Hands, rows: Made) -> dict[str, Made]:
-    """What the candidates should cost, for the page to hold what they did cost against.
+    """What the candidates should cost, for the page to hold what they did cost against, and what
+    they would on a larger base.
 
     Nothing where none is trained, or where it cannot be told: that ends no run.
     """
     if not any(candidate.TRAINS for candidate in calls.recipe.candidates):
         return {}
-    try:
-        return {"cost": hands.make(calls.cost(rows))}
-    except (StageError, UserError) as error:
-        hands.warn(f"what the candidates should cost is not known: {error}")
-        return {}
+    told = {}
+    for name, times in (("cost", 1.0), ("larger", LARGER)):
+        try:
+            told[name] = hands.make(calls.cost(rows, times))
+        except (StageError, UserError) as error:
+            base = "" if times == 1 else f" on a base {times:g} times as large"
+            hands.warn(f"what the candidates should cost{base} is not known: {error}")
+    return told
 
 
 def with_rates(calls: Calls, hands: Hands) -> tuple[dict[str, Candidate], dict[str, Searched]]:

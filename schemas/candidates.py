@@ -32,11 +32,18 @@ class CandidateBase(Frozen):
         already, and the others are served beside their base.
     TRAINS: whether it learns, at a rate.
     FORMAT: what training leaves of it; of a `prompt` nothing is trained.
+    ALONE: why it cannot learn together with another (`schemas/together.py`); empty: it can.
+    CHANGES: what it changes. Two with a word in common cannot learn together.
+    LAYER: its place among others on one base: what is inside of layers, and around them, and
+        before the row.
     """
 
     MERGES: ClassVar[bool] = True
     TRAINS: ClassVar[bool] = True
     FORMAT: ClassVar[ModelFormat] = "peft-adapter"
+    ALONE: ClassVar[str] = ""
+    CHANGES: ClassVar[frozenset[str]] = frozenset()
+    LAYER: ClassVar[int] = 0
 
     name: str | None = Field(None, pattern=NAME, description="Shown in tables; unique.")
     train: TrainOverrides = Field(default_factory=TrainOverrides)
@@ -52,6 +59,11 @@ class CandidateBase(Frozen):
         """Whether it depends on the seed; else one result stands for all."""
         return self.TRAINS
 
+    @property
+    def parts(self) -> tuple[CandidateBase, ...]:
+        """The methods that learn: itself, or those of a composition, in their order on a base."""
+        return (self,)
+
     def default_name(self) -> str:
         return self.method
 
@@ -61,6 +73,7 @@ class Full(CandidateBase):
 
     MERGES: ClassVar[bool] = False
     FORMAT: ClassVar[ModelFormat] = "transformers"
+    ALONE: ClassVar[str] = "trains every weight of the base already"
 
     method: Literal["full"]
 
@@ -71,6 +84,7 @@ class PromptBase(CandidateBase):
     MERGES: ClassVar[bool] = False
     TRAINS: ClassVar[bool] = False
     FORMAT: ClassVar[ModelFormat] = "prompt"
+    ALONE: ClassVar[str] = "trains nothing"
 
     @model_validator(mode="after")
     def _nothing_is_trained(self) -> PromptBase:
@@ -110,6 +124,9 @@ class FewShot(PromptBase):
 
 class LoraBase(CandidateBase):
     """What LoRA has whatever its base is kept in."""
+
+    CHANGES: ClassVar[frozenset[str]] = frozenset({"the weights of linear layers"})
+    LAYER: ClassVar[int] = 1
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / rank.")
@@ -177,6 +194,9 @@ class QLora(LoraBase):
 class AdaLora(CandidateBase):
     """LoRA whose ranks go to the layers that need them. Zhang et al. 2023, arXiv:2303.10512."""
 
+    CHANGES: ClassVar[frozenset[str]] = frozenset({"the weights of linear layers"})
+    LAYER: ClassVar[int] = 1
+
     method: Literal["adalora"]
     rank: int = Field(8, ge=1, description="In the end, on average over the layers.")
     initial_rank: int = Field(12, ge=2, description="Of every layer at the start.")
@@ -220,6 +240,9 @@ class Ia3(CandidateBase):
     Liu et al. 2022, arXiv:2205.05638.
     """
 
+    CHANGES: ClassVar[frozenset[str]] = frozenset({"the scale of what layers read and write"})
+    LAYER: ClassVar[int] = 2
+
     method: Literal["ia3"]
     target_modules: list[str] | None = Field(
         None,
@@ -243,11 +266,24 @@ class Ia3(CandidateBase):
 class LayerNorm(CandidateBase):
     """The weights (and biases) of the norms alone. Zhao et al. 2024, arXiv:2312.11420."""
 
+    CHANGES: ClassVar[frozenset[str]] = frozenset({"the norms"})
+
     method: Literal["layer_norm"]
 
 
 class LastLayers(CandidateBase):
     """Every weight of the top blocks and of the final norm. Lee et al. 2019, arXiv:1911.03090."""
+
+    #: Inside its blocks nothing is left for another method.
+    CHANGES: ClassVar[frozenset[str]] = frozenset(
+        {
+            "the weights of linear layers",
+            "the scale of what layers read and write",
+            "the norms",
+            "the biases",
+            "the top blocks",
+        }
+    )
 
     method: Literal["last_layers"]
     layers: int = Field(2, ge=1, description="Blocks to train, counted from the top.")
@@ -258,6 +294,8 @@ class LastLayers(CandidateBase):
 
 class BitFit(CandidateBase):
     """The model's own biases and nothing else. Ben Zaken et al. 2022, arXiv:2106.10199."""
+
+    CHANGES: ClassVar[frozenset[str]] = frozenset({"the biases", "the norms"})
 
     method: Literal["bitfit"]
 
@@ -270,6 +308,8 @@ class Bottleneck(CandidateBase):
     """
 
     MERGES: ClassVar[bool] = False
+    CHANGES: ClassVar[frozenset[str]] = frozenset({"the top blocks"})
+    LAYER: ClassVar[int] = 3
 
     method: Literal["bottleneck"]
     placement: Literal["double_sequential", "sequential", "parallel"] = Field(
@@ -303,6 +343,8 @@ class SoftPrompt(CandidateBase):
     """Virtual tokens in front of every row, which the base attends to and which are learned."""
 
     MERGES: ClassVar[bool] = False
+    CHANGES: ClassVar[frozenset[str]] = frozenset({"what stands before a row"})
+    LAYER: ClassVar[int] = 4
 
     virtual_tokens: int = Field(
         20, ge=1, description="Tokens in front of every row. They count towards its length."
@@ -362,6 +404,7 @@ class Peft(CandidateBase):
     """Any other tuner of PEFT's, configured in PEFT's own words; served beside its base."""
 
     MERGES: ClassVar[bool] = False
+    ALONE: ClassVar[str] = "does inside of a layer what only PEFT knows"
     #: Fields of every configuration that are not a recipe's to give, and why.
     OURS: ClassVar[dict[str, str]] = {
         "task_type": "it follows from the recipe's `task`",
@@ -397,7 +440,8 @@ class Peft(CandidateBase):
         return self.peft_type.lower()
 
 
-Candidate = Annotated[
+#: Every method by itself.
+Single = (
     Full
     | ZeroShot
     | FewShot
@@ -412,6 +456,5 @@ Candidate = Annotated[
     | PromptTuning
     | PTuning
     | PrefixTuning
-    | Peft,
-    Field(discriminator="method"),
-]
+    | Peft
+)

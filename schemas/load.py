@@ -18,20 +18,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from schemas.candidates import Candidate
 from schemas.errors import Problem, UserError
 from schemas.recipe import Evaluate, Recipe
 from schemas.report import TASK_METRICS, figure_names
+from schemas.tasks import TASKS, reads_images
+from schemas.together import KINDS
 
 #: `org/name`: what a hub id looks like.
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 #: The class of each candidate by its `method`. Pydantic's locations name these as well.
-_METHODS = {
-    get_args(model.model_fields["method"].annotation)[0]: model
-    for model in get_args(get_args(Candidate)[0])
-}
+_METHODS = {get_args(model.model_fields["method"].annotation)[0]: model for model in KINDS}
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -58,7 +56,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply(tree, override)
     source = _Document(path, root, tree)
-    problems = [*_figure_problems(source), *_file_problems(source)]
+    problems = [*_figure_problems(source), *_text_problems(source), *_file_problems(source)]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -240,6 +238,30 @@ def _prompt_lengths(source: _Document) -> list[int]:
         return Evaluate().prompt_lengths
 
 
+#: What a recipe says of texts alone.
+OF_TEXTS: tuple[list[int | str], ...] = (
+    ["data", "max_length"],
+    ["data", "on_overflow"],
+    ["data", "template"],
+    ["data", "retention"],
+    ["evaluate", "prompt_tokens"],
+    ["evaluate", "max_new_tokens"],
+    ["evaluate", "generate_rows"],
+)
+
+
+def _text_problems(source: _Document) -> Iterator[Problem]:
+    """What would have no effect where rows are images."""
+    task = source.get("task")
+    if not isinstance(task, str) or task not in TASKS or not reads_images(task):
+        return
+    for location in OF_TEXTS:
+        value = source.get(*map(str, location))
+        if value is not None:
+            found = f"found {_short(value)}, which is said of texts, and {task} reads images"
+            yield Problem(source.place(location), found, "take it out")
+
+
 def _file_problems(source: _Document) -> Iterator[Problem]:
     """Files and directories that are named but not there, and hub ids without a commit."""
     directory = source.path.parent
@@ -299,7 +321,7 @@ def _problem(source: _Document, detail: ErrorDetails) -> Problem:
     if kind == "value_error":
         message = detail["msg"].removeprefix("Value error, ")
         return Problem(place, f"found {_short(found)}", message)
-    if kind == "model_type":
+    if kind in ("model_type", "model_attributes_type"):
         return Problem(place, f"found {_short(found)}", "a section with keys is needed here")
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return Problem(place, f"found {_short(found)}", message.replace("input should", "it should"))

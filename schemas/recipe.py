@@ -20,12 +20,13 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.candidates import Candidate, TrainOverrides
+from schemas.candidates import TrainOverrides
 from schemas.frozen import NAME, Frozen
 from schemas.tasks import Task
+from schemas.together import Candidate
 
 #: What a row is made of.
-Column = Literal["messages", "prompt", "completion", "text", "label", "spans"]
+Column = Literal["messages", "prompt", "completion", "text", "label", "spans", "image"]
 
 #: A bound on a metric, as written in `select.subject_to` and `register.gate`.
 NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"

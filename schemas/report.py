@@ -64,7 +64,7 @@ class DataReport(Strict):
 
 
 class Interval(Strict):
-    """A figure with its 95 % interval (percentile bootstrap over rows)."""
+    """A figure with its 95 % interval; of a metric, a percentile bootstrap over rows."""
 
     value: float
     low: float
@@ -100,6 +100,9 @@ class Memory(Strict):
 class Computation(Strict):
     forward_flops_per_token: float
     backward_flops_per_token: float | None
+    train_flops_per_token: float | None = Field(
+        None, description="Forward and backward, as the run was trained: the train stage's count."
+    )
     step_time_s: float | None = Field(description="Median of the optimiser steps.")
     train_tokens_per_s: float | None
     flops_ratio_to_full: float | None = Field(description="Forward + backward, of full tuning's.")
@@ -110,11 +113,10 @@ class Accuracy(Strict):
     """The task's metrics on the held-out rows, and what was forgotten."""
 
     metrics: dict[str, Interval] = Field(
-        description="sequence-classification: accuracy, macro_f1, loss. causal-lm: exact_match, "
-        "field_f1 (where answers are JSON objects), perplexity, loss (nats per answer token). "
-        "seq2seq: these and rouge_l. "
-        "token-classification: entity_f1, entity_precision, entity_recall, token_accuracy, loss "
-        "(nats per token)."
+        description="sequence- and image-classification: accuracy, macro_f1, loss. causal-lm: "
+        "exact_match, field_f1 (where answers are JSON objects), perplexity, loss (nats per answer "
+        "token). seq2seq: these and rouge_l. token-classification: entity_f1, entity_precision, "
+        "entity_recall, token_accuracy, loss (nats per token)."
     )
     rows: int
     retention_loss: float | None = Field(description="Nats per token of general text.")
@@ -123,7 +125,8 @@ class Accuracy(Strict):
 
 
 class Latency(Strict):
-    """One batch size and prompt length. ms; ratios are medians to the base's beside it."""
+    """One batch size and prompt length. ms; ratios are to the base's, turn by turn beside it:
+    their median and its 95 % interval over the turns."""
 
     batch_size: int
     prompt_tokens: int | None = Field(None, description="As the recipe asks for.")
@@ -132,8 +135,8 @@ class Latency(Strict):
     prefill_p95_ms: float
     token_p50_ms: float | None = Field(description="None for classification: nothing is decoded.")
     token_p95_ms: float | None
-    prefill_ratio: float
-    token_ratio: float | None
+    prefill_ratio: Interval
+    token_ratio: Interval | None
 
 
 class Seeded(Interval):
@@ -202,6 +205,11 @@ class Example(Strict):
     expected: str
     got: str
     right: bool
+    image: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Of an image, as the base reads it: a small PNG as a data URI.",
+    )
 
 
 class CriteriaReport(Strict):
@@ -234,15 +242,23 @@ class CriteriaReport(Strict):
             "retention_loss": self.accuracy.retention_loss,
             "retention_change": self.accuracy.retention_change,
         }
-        for name, interval in self.accuracy.metrics.items():
-            flat[name] = interval.value
+        flat |= {name: interval.value for name, interval in self.intervals().items()}
         if self.swapping is not None:
             flat |= self.swapping.model_dump(exclude={"equal"})
         for row in self.inference_overhead:
-            tag = self.tag(row)
-            timed = row.model_dump(exclude=set(LATENCY_PLACE))
-            flat |= {f"{figure}_{tag}": value for figure, value in timed.items()}
+            times = row.model_dump(exclude={*LATENCY_PLACE, *LATENCY_RATIOS})
+            flat |= {f"{figure}_{self.tag(row)}": value for figure, value in times.items()}
         return {name: float(value) for name, value in flat.items() if value is not None}
+
+    def intervals(self) -> dict[str, Interval]:
+        """Those of `figures()` that have an interval: metrics, and ratios of latencies."""
+        ratios = {
+            f"{figure}_{self.tag(row)}": getattr(row, figure)
+            for row in self.inference_overhead
+            for figure in LATENCY_RATIOS
+        }
+        timed = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        return self.accuracy.metrics | timed
 
     def tag(self, row: Latency) -> str:
         """What the names of a latency's figures end in."""
@@ -253,6 +269,8 @@ class CriteriaReport(Strict):
 
 #: The fields of `Latency` that say what was timed, and are no figures.
 LATENCY_PLACE = ("batch_size", "prompt_tokens", "merged")
+#: Those that are ratios to the base, with an interval.
+LATENCY_RATIOS = ("prefill_ratio", "token_ratio")
 
 
 def latency_tag(batch_size: int, prompt_tokens: int | None, merged: bool) -> str:

@@ -14,7 +14,7 @@ import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
-Kind = Literal["chat", "completion", "label", "spans", "text"]
+Kind = Literal["chat", "completion", "label", "spans", "text", "image"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -25,12 +25,13 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "label": ("text", "label"),
     "spans": ("text", "spans"),
     "text": ("text",),
+    "image": ("image", "label"),
 }
 
 #: Kinds whose rows are a text, which no template writes.
 TEXTS: tuple[Kind, ...] = ("label", "spans", "text")
-#: Those of them that a head of classes learns from.
-LABELLED: tuple[Kind, ...] = ("label", "spans")
+#: Kinds that a head of classes learns from.
+LABELLED: tuple[Kind, ...] = ("label", "spans", "image")
 
 #: Reason code (what stands before a colon in the quarantine): what it means.
 REASONS: dict[str, str] = {
@@ -54,8 +55,16 @@ REASONS: dict[str, str] = {
     "span_out_of_range": "a span that is empty or reaches out of its text",
     "overlapping_spans": "two spans that share a character",
     "span_off_tokens": "a span that begins or ends in a token or in white space; its place follows",
-    "duplicate_of": "equal, after normalisation, to the row at the line that follows",
-    "leaks_into_test": "a train row equal to the test row at the line that follows",
+    "no_file": "no image file at that path beside the data file (a Parquet file holds the bytes)",
+    "not_an_image": "bytes of no image format that is read",
+    "broken_image": "an image that is cut short or damaged",
+    "empty_image": "an image with no bytes or no pixels",
+    "image_mode": "pixels that 8-bit RGB would change; their mode in Pillow follows",
+    "several_frames": "an animation or several pages; their number follows",
+    "image_too_large": "an image above 89 million pixels",
+    "duplicate_of": "equal, after normalisation (an image: pixel for pixel, whatever its label), "
+    "to the row at the line that follows",
+    "leaks_into_test": "a train row equal, in that way, to the test row at the line that follows",
     "template_refused": "the model's chat template raised an error",
     "control_token": "text that spells one of the tokenizer's special tokens",
     "too_long": "more tokens than max_length (seq2seq: of one side); the count follows",
@@ -165,6 +174,8 @@ CONTRACTS: dict[Kind, pa.DataFrameSchema] = {
     "label": _schema("label", text=_text("empty_text"), label=_text("empty_answer")),
     "spans": _schema("spans", text=_text("empty_text"), spans=_spans()),
     "text": _schema("text", text=_text("empty_text")),
+    # That it is an image is known by then: its content is what rows are compared by.
+    "image": _schema("image", image=pa.Column(pl.String), label=_text("empty_answer")),
 }
 
 #: What was refused, one row a refused row, in the order of the files.

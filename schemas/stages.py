@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.candidates import Candidate
 from schemas.frozen import Frozen
 from schemas.manifest import FileFormat
 from schemas.recipe import Data, Evaluate, Finish, Train
 from schemas.report import Trial
 from schemas.tasks import Task
+from schemas.together import Candidate
 
 
 class Spec(Frozen):
@@ -73,10 +73,11 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
+    times: float = Field(1.0, description="So many times as large a base of the same kind.")
     candidates: list[Candidate]
     train: Train
     evaluate: Evaluate
@@ -89,7 +90,7 @@ class TrainSpec(Spec):
     a prompt), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 
@@ -107,7 +108,7 @@ class EvaluateSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     task: Task
     subject: Literal["base", "candidate", "finished"]
@@ -165,13 +166,13 @@ class RegisterSpec(Spec):
 
 class PageSpec(Spec):
     """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished,
-    comparison, and cost where it was told.
+    comparison, and cost and larger (cost on a larger base) where they were told.
 
     The entry: report.html, one file that reads offline.
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     recipe_name: str
     recipe_yaml: str

@@ -6,19 +6,16 @@ Only safetensors are read: a `.bin` or `.pt` checkpoint is a pickle, which runs 
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -28,8 +25,8 @@ from transformers import (
 )
 
 from schemas.errors import StageError, UserError
-from schemas.tasks import is_encoder_decoder, is_labelled
-from tasks.core import quantised
+from schemas.tasks import is_encoder_decoder, is_labelled, reads_images
+from tasks.core import adapters, quantised
 from tasks.core.bases import require_safetensors
 from tasks.core.progress import warn
 from tasks.core.quantised import Quantisation
@@ -41,6 +38,7 @@ MODEL_CLASSES = {
     "seq2seq": AutoModelForSeq2SeqLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
 }
 
 #: What transformers calls the layers between a backbone and its classes.
@@ -74,10 +72,6 @@ def head_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return heads
 
 
-#: The tuner's own file, beside an adapter of a kind that PEFT lacks.
-TUNER = "tuner.py"
-
-
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(base, local_files_only=True)
 
@@ -86,22 +80,48 @@ def load_config(base: Path) -> Any:
     return AutoConfig.from_pretrained(base, local_files_only=True)
 
 
-def check_kind(config: Any, task: str, place: Path | str) -> None:
-    """Raise a UserError where a decoder alone is to be an encoder and a decoder, or these are to
-    be a decoder alone, of which transformers would load a part without a word.
+def model_on_meta(config: Any, task: str, place: object, dtype: Dtype | None = None) -> Any:
+    """A base's shapes without its weights.
 
-    place: where the base comes from, for the error.
+    Raises:
+        UserError: a configuration of which no model for this task can be made.
     """
-    if is_labelled(task) or bool(config.is_encoder_decoder) == is_encoder_decoder(task):
+    require_kind(config, task, place)
+    options = {} if dtype is None else {"dtype": TORCH_DTYPES[dtype]}
+    # transformers looks for a kind's class among these where it has several, as for DeiT.
+    config.architectures = config.architectures or []
+    try:
+        with torch.device("meta"):
+            return MODEL_CLASSES[task].from_config(config, **options)
+    except ValueError as error:
+        summary = str(error).splitlines()[0][:200]
+        raise UserError.at(place, summary, "choose another base, or another task") from error
+
+
+def require_kind(config: Any, task: str, place: object) -> None:
+    """Raise a UserError for a base of which transformers makes no model for a task, such as one
+    that reads text where rows are images, or has no encoder where there should be one."""
+    fitting = [name for name in MODEL_CLASSES if fits(config, name)]
+    if task in fitting:
         return
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        found, fix = f"an encoder and a decoder ({kind})", "write `task: seq2seq`"
+    if is_labelled(task):
+        such = "ViT or DeiT" if reads_images(task) else "BERT"
     else:
-        found, fix = f"a single stack of layers ({kind})", "write `task: causal-lm`"
+        such = "T5 or BART" if is_encoder_decoder(task) else "Llama"
+    known = f"; this one is for {', '.join(fitting)}" if fitting else ""
     raise UserError.at(
-        place, f"is {found}, which is no base for {task}", f"{fix}, or choose another base"
+        place,
+        f"is a {config.model_type} model, of which there is none for {task}",
+        f"choose a base such as {such}{known}",
     )
+
+
+def fits(config: Any, task: str) -> bool:
+    """Whether transformers makes a whole model of that kind for a task. Of an encoder and a
+    decoder it would make a model of its decoder alone, for causal-lm, without a word."""
+    if type(config) not in MODEL_CLASSES[task]._model_mapping:
+        return False
+    return is_labelled(task) or bool(config.is_encoder_decoder) == is_encoder_decoder(task)
 
 
 def decoder_start(config: Any) -> int:
@@ -202,7 +222,7 @@ def _load(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model and transformers' account of which tensors were found."""
     require_safetensors(place)
-    check_kind(load_config(place), task, place)
+    require_kind(load_config(place), task, place)
     extra: dict[str, Any] = {}
     if labels is not None:
         extra = {
@@ -225,30 +245,11 @@ def _load(
         raise UserError.at(
             place, f"cannot be loaded for {task}: {error}", "choose another base"
         ) from error
-    if labels is not None and model.config.pad_token_id is None:
+    if labels is not None and not reads_images(task) and model.config.pad_token_id is None:
         # A decoder finds a text's last token by what is padding. The registered model's code
         # (tasks/register/served_model.py) has the same rule.
         model.config.pad_token_id = load_tokenizer(place).pad_token_id or 0
     return cast(PreTrainedModel, model.eval()), loading
-
-
-def register_tuner(model_dir: Path) -> None:
-    """Make PEFT know the kind of an adapter that brings its own tuner; that file registers itself
-    on import. A kind that is known already stays as it is."""
-    path = model_dir / TUNER
-    kind = json.loads((model_dir / "adapter_config.json").read_text())["peft_type"]
-    if not path.exists() or kind in PEFT_TYPE_TO_TUNER_MAPPING:
-        return
-    found: Any = importlib.util.spec_from_file_location(f"peftflow_tuner_{kind.lower()}", path)
-    # Before it runs: dataclasses look their module up by name.
-    sys.modules[found.name] = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(sys.modules[found.name])
-    except Exception as error:
-        del sys.modules[found.name]
-        raise StageError(
-            f"{path} cannot be run with the PEFT that is installed: {error}"
-        ) from error
 
 
 def load_trained(
@@ -260,7 +261,7 @@ def load_trained(
     *,
     quantised_base: bool = True,
 ) -> torch.nn.Module:
-    """What a train or merge entry holds in `model/`: an adapter on its base, or a whole model.
+    """What a train or merge entry holds in `model/`: adapters on their base, or a whole model.
 
     Of a prompt it is the base: what stands before a question is no part of the model.
 
@@ -271,20 +272,10 @@ def load_trained(
     """
     if is_prompt(model_dir):
         return cast(torch.nn.Module, load_base(base, task, labels, dtype))
-    if (model_dir / "adapter_config.json").exists():
-        from peft import PeftModel
-
-        register_tuner(model_dir)
+    if adapters.is_adapter(model_dir):
         quantisation = quantised.read(model_dir) if quantised_base else None
         model = load_base(base, task, labels, dtype, quantisation=quantisation)
-        with warnings.catch_warnings():
-            # PEFT says this in a warning, and goes on with what it drew at random.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            try:
-                adapted = PeftModel.from_pretrained(model, model_dir)
-            except UserWarning as missing:
-                raise StageError(f"{model_dir} is not whole: {missing}") from missing
-        return cast(torch.nn.Module, adapted.eval())
+        return adapters.put_on(model, {adapters.FIRST: model_dir})
     whole, loading = _load(model_dir, task, labels, dtype)
     if loading["missing_keys"]:
         raise StageError(f"{model_dir} lacks {', '.join(sorted(loading['missing_keys']))}")

@@ -130,9 +130,9 @@ def write(quantisation: Quantisation, adapter: Path) -> None:
 
 
 def read(adapter: Path) -> Quantisation | None:
-    """What an adapter says of its base, or None: it is as it is."""
-    path = adapter / FILE
-    if not path.exists():
+    """What an adapter, or one of several together, says of its base, or None: it is as it is."""
+    path = next(iter([*adapter.glob(FILE), *adapter.glob(f"*/{FILE}")]), None)
+    if path is None:
         return None
     record = json.loads(path.read_text())
     return Quantisation(**{**record, "unquantised": tuple(record["unquantised"])})

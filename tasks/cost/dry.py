@@ -18,12 +18,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from schemas.recipe import Train
-from schemas.tasks import is_packable
+from schemas.tasks import is_packable, reads_images
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
 from tasks.cost.blocks import cut, plans, stacks_of
 from tasks.cost.ledger import Ledger
-from tasks.cost.rows import Load, load_of, longest_of
+from tasks.cost.rows import FullRow, Load, load_of, longest_of
 from tasks.methods import soft
 from tasks.methods.course import Course
 from tasks.methods.method import trained
@@ -89,29 +89,30 @@ def dry_run(
     train: Train,
     dtype: Dtype,
     prepared: Path | None,
-    max_length: int,
+    full: FullRow,
     course_of: MakeCourse,
 ) -> DryRun:
     """Run one step of a model that a method has built on meta. Changes the model.
 
-    prepared: of the prepare stage; None: rows of `max_length` tokens are taken.
+    prepared: of the prepare stage; None: full rows are taken.
 
     Raises:
         UserError: what training would refuse: rows without room behind virtual tokens,
             checkpointing that would lose these, too few steps for a method.
     """
     placement.place(model, train, META)
-    longest = longest_of(prepared, max_length)
+    longest = longest_of(prepared, full.tokens)
     soft.check_room(model, longest)
     fast = placement.use_fast_attention(model, CPU, longest, task)
     packed = fast and is_packable(task)
     if train.gradient_checkpointing and not packed:
         soft.check_checkpointing(model)
     whole = packed or soft.is_cache(model)
-    unpadded = fast and not whole and unpad(backbone(model))
+    padded = not whole and not reads_images(task)
+    unpadded = fast and padded and unpad(backbone(model))
     virtual = 0 if soft.is_cache(model) else soft.virtual_tokens(model)
     layout = placement.layout(train, CPU, packed, 0, unpadded, virtual)
-    load = load_of(prepared, task, train, layout, max_length)
+    load = load_of(prepared, task, train, layout, full)
     batch = batch_of(load.rows, load.micro_batch, task, layout)
     without_numbers(model)
     cost = whole_pass(model, batch, dtype)

@@ -15,8 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
+from tasks.core.flops import flops_of, is_four_bits
 from tasks.core.quantised import BLOCK
 
 aten = torch.ops.aten
@@ -43,8 +43,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False if args[0].dtype == torch.bool else 0
         before = self.live
         out = func(*args, **(kwargs or {}))
-        if (formula := _formula(func)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        self.flops += flops_of(func, args, kwargs or {}, out)
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self._enter(value)
@@ -66,33 +65,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen[key] = weakref.ref(storage, leave)
 
 
-def _formula(func: Any) -> Any:
-    """torch's own formula; what is done in place costs what it costs out of place."""
-    packet = func.overloadpacket
-    if _is_four_bits(func):
-        return _four_bit_flops
-    if packet in flop_registry:
-        return flop_registry[packet]
-    name = packet.__name__
-    if name.endswith("_") and not name.endswith("__") and hasattr(aten, name[:-1]):
-        return flop_registry.get(getattr(aten, name[:-1]))
-    return None
-
-
-def _is_four_bits(func: Any) -> bool:
-    """Whether it is bitsandbytes' product of x_TI and packed weights of shape [O, I]."""
-    name: str = func.name()
-    return name == "bitsandbytes::gemm_4bit"
-
-
-def _four_bit_flops(x: torch.Tensor, packed: Any, shape: Any, *rest: Any, **named: Any) -> int:
-    return 2 * x.numel() * int(shape[0])
-
-
 def _on_the_way(func: Any, args: Any) -> int:
     """Bytes that an operation holds inside: of packed weights all of them as they are computed
     with, and their scales in float32."""
-    if not _is_four_bits(func):
+    if not is_four_bits(func):
         return 0
     x: torch.Tensor = args[0]
     shape: list[int] = list(args[2])

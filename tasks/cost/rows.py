@@ -30,11 +30,17 @@ class Load:
     tokens: int | None
 
 
-def load_of(
-    prepared: Path | None, task: str, train: Train, layout: Layout, max_length: int
-) -> Load:
+@dataclass(frozen=True)
+class FullRow:
+    """The longest row that there may be. pixels: of an image, channels, height and width."""
+
+    tokens: int
+    pixels: tuple[int, int, int] | None = None
+
+
+def load_of(prepared: Path | None, task: str, train: Train, layout: Layout, full: FullRow) -> Load:
     """The largest micro-batch and, from real rows, the steps."""
-    rows = full_rows(layout.budget, max_length, task) if prepared is None else _read(prepared)
+    rows = full_rows(layout.budget, full, task) if prepared is None else _read(prepared)
     plan = Plan(rows.lengths, train.batch_tokens, train.seed)
     lengths = held_lengths(rows, task)
     parts = [
@@ -58,11 +64,11 @@ def mean_of(prepared: Path | None, max_length: int) -> float:
     return max_length if prepared is None else float(_read(prepared).lengths.mean())
 
 
-def full_rows(tokens: int, length: int, task: str) -> TokenRows:
-    """As many rows of `length` tokens as one forward pass may have, every token learned; of pairs
-    rows of two sides of that length, of which the second is learned."""
+def full_rows(tokens: int, full: FullRow, task: str) -> TokenRows:
+    """As many such rows as one forward pass may have, every token learned; of pairs rows of two
+    sides of that length, of which the second is learned."""
     pairs = is_encoder_decoder(task)
-    length = min(2 * length if pairs else length, tokens)
+    length = full.tokens if full.pixels else min(full.tokens * (1 + pairs), tokens)
     count = max(1, tokens // length)
     place = np.arange(count * length) % length
     zeros = np.zeros(count * length, dtype=np.int32)
@@ -74,6 +80,8 @@ def full_rows(tokens: int, length: int, task: str) -> TokenRows:
         answer_start=np.full(count, length // 2),
         labels=np.zeros(count, dtype=np.int64),
         token_labels=zeros if TASKS[task].labels == "token" else None,
+        values=np.zeros((full.pixels[0], 256), np.float32) if full.pixels else None,
+        pixels=np.zeros((count, *full.pixels), np.uint8) if full.pixels else None,
     )
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from schemas.candidates import Candidate
 from schemas.errors import UserError
-from tasks.core.models import MODEL_CLASSES, check_kind, load_config, unquantised_modules
+from schemas.together import Candidate
+from tasks.core.models import load_config, model_on_meta, unquantised_modules
 from tasks.core.quantised import check_widths
-from tasks.core.runtime import TORCH_DTYPES, Dtype
+from tasks.core.runtime import Dtype
 from tasks.cost import four_bits
 from tasks.methods.table import method_for
 
@@ -50,13 +50,7 @@ def base_on_meta(config: Any, task: str, dtype: Dtype) -> nn.Module:
     Raises:
         UserError: a configuration of which no model for this task can be made.
     """
-    check_kind(config, task, "base")
-    try:
-        with torch.device("meta"):
-            model: nn.Module = MODEL_CLASSES[task].from_config(config, dtype=TORCH_DTYPES[dtype])
-    except ValueError as error:
-        summary = str(error).splitlines()[0][:200]
-        raise UserError.at("base", summary, "choose another base, or another task") from error
+    model: nn.Module = model_on_meta(config, task, "base", dtype)
     return model
 
 

@@ -9,20 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from schemas.candidates import Candidate, FewShot
+from schemas.candidates import FewShot
 from schemas.cost import Cost, CostReport
 from schemas.errors import Problem, UserError
 from schemas.stages import CostSpec
+from schemas.tasks import reads_images
+from schemas.together import Candidate
+from tasks.core.images import image_shape
 from tasks.core.models import read_labels
-from tasks.core.runtime import TORCH_DTYPES
+from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.core.shots import room_of
 from tasks.cost import memory
 from tasks.cost.dry import dry_run
-from tasks.cost.rows import mean_of
+from tasks.cost.larger import larger
+from tasks.cost.rows import FullRow, mean_of
 from tasks.cost.shapes import base_on_meta, candidate_on_meta, config_of
 from tasks.methods import soft
-from tasks.methods.method import count_parameters, trained
-from tasks.methods.table import method_for
+from tasks.methods.method import count_parameters, head_parameters, trained
+from tasks.methods.table import method_for, methods_of
 
 FILE = "plan.json"
 
@@ -36,13 +40,16 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
     prepared = paths.get("prepared")
     labels = read_labels(prepared) if prepared else None
     config = config_of(paths.get("base"), spec.shape, len(labels) if labels else None)
+    if spec.times != 1:
+        config = larger(config, spec.task, spec.dtype, spec.times)
     torch.set_num_threads(1)
     base = base_on_meta(config, spec.task, spec.dtype)
+    full = full_row(spec, base)
     problems: list[Problem] = []
     found: dict[str, Cost] = {}
     for index, candidate in enumerate(spec.candidates):
         try:
-            found[candidate.label] = cost(spec, config, candidate, prepared, base)
+            found[candidate.label] = cost(spec, config, candidate, prepared, base, full)
         except UserError as error:
             problems += [placed(problem, index) for problem in error.problems]
     if problems:
@@ -53,9 +60,14 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
 
 
 def cost(
-    spec: CostSpec, config: Any, candidate: Candidate, prepared: Path | None, base: nn.Module
+    spec: CostSpec,
+    config: Any,
+    candidate: Candidate,
+    prepared: Path | None,
+    base: nn.Module,
+    full: FullRow,
 ) -> Cost:
-    """One candidate's figures. base: untouched."""
+    """One candidate's figures. base: untouched. full: what stands for rows without `prepared`."""
     method = method_for(candidate.method, spec.task)
     model = candidate_on_meta(config, spec.task, candidate, spec.dtype)
     serving = partial(memory.inference, model, config, spec.task, spec.evaluate, spec.dtype)
@@ -68,9 +80,7 @@ def cost(
             inference_mib=serving(0, before),
         )
     learned = sum(weight.numel() for weight in trained(model).values())
-    shipped = (method.ships or method.trainable_parameters)(base, candidate, spec.task)
-    in_float32 = method.format == "peft-adapter" and not method.replaces
-    shipped *= 4 if in_float32 else TORCH_DTYPES[spec.dtype].itemsize
+    shipped = shipped_bytes(base, candidate, spec.task, spec.dtype)
     inference_mib = serving(shipped, soft.virtual_tokens(model))
     train = spec.train.for_candidate(candidate.train)
     dry = dry_run(
@@ -79,7 +89,7 @@ def cost(
         train,
         spec.dtype,
         prepared,
-        spec.max_length,
+        full,
         partial(method.course, model, candidate),
     )
     return Cost(
@@ -97,6 +107,26 @@ def cost(
         tokens=dry.load.tokens,
         gradient_checkpointing=train.gradient_checkpointing,
     )
+
+
+def full_row(spec: CostSpec, base: nn.Module) -> FullRow:
+    """What stands for rows that are not prepared. base: untouched."""
+    if not reads_images(spec.task):
+        return FullRow(spec.max_length)
+    shape = image_shape(base)
+    return FullRow(shape.tokens, shape.pixels)
+
+
+def shipped_bytes(base: nn.Module, candidate: Candidate, task: str, dtype: Dtype) -> int:
+    """Of the weights that are saved: by each of several methods its own, by the last the head."""
+    total, methods = 0, methods_of(candidate)
+    for method, part in zip(methods, candidate.parts, strict=True):
+        count = (method.ships or method.trainable_parameters)(base, part, task)
+        if method is not methods[-1]:
+            count -= head_parameters(base, task)
+        in_float32 = method.format == "peft-adapter" and not method.replaces
+        total += count * (4 if in_float32 else TORCH_DTYPES[dtype].itemsize)
+    return total
 
 
 def examples_tokens(

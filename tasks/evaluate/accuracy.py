@@ -22,6 +22,7 @@ from schemas.tasks import TASKS
 from tasks.core import bootstrap
 from tasks.core.entities import IGNORED
 from tasks.core.models import load_tokenizer
+from tasks.core.pictures import data_uri
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object, rouge_l
@@ -281,6 +282,8 @@ def examples(predictions: list[dict[str, Any]], prepared: Path) -> list[Example]
     """The first rows answered wrong and the first answered right, with their prompts."""
     lines = (prepared / "test_rows.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = {text["row"]: text["prompt"] for text in map(json.loads, lines)}
+    rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
+    places = {row: place for place, row in enumerate(rows.source_rows.tolist())}
     answered = [line for line in predictions if line["right"] is not None]
     wrong = [line for line in answered if not line["right"]][:EXAMPLES]
     right = [line for line in answered if line["right"]][:EXAMPLES]
@@ -290,6 +293,7 @@ def examples(predictions: list[dict[str, Any]], prepared: Path) -> list[Example]
             expected=in_words(line["expected"]),
             got=in_words(line["got"]),
             right=line["right"],
+            image=None if rows.pixels is None else data_uri(rows.pixels[places[line["row"]]]),
         )
         for line in wrong + right
     ]

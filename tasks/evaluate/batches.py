@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tasks.core.tokens import TokenRows
 from tasks.methods import soft
 
 #: Padded tokens in one forward pass: enough for full matrix units, and activations that stay in
@@ -76,6 +77,15 @@ def right_padded(rows: Sequence[Row], pad_id: int) -> Inputs:
         ids_BT[index, : len(row)] = row
         mask_BT[index, : len(row)] = 1
     return {"input_ids": torch.from_numpy(ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
+
+
+def classified(
+    rows: TokenRows, index: Sequence[int] | NDArray[np.int64], model: torch.nn.Module
+) -> Inputs:
+    """What a classifier reads of some rows: texts side by side, or images."""
+    if rows.pixels is not None:
+        return {"pixel_values": torch.from_numpy(rows.images(np.asarray(index)))}
+    return right_padded([rows.row(place) for place in index], pad_id_of(model))
 
 
 def run_on(model: torch.nn.Module, inputs: Inputs, **options: Any) -> Any:

@@ -11,28 +11,26 @@ Shapes: B rows, T positions, C classes.
 
 from __future__ import annotations
 
-import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from schemas.candidates import Candidate, Full
+from schemas.candidates import Full
 from schemas.recipe import Train
 from schemas.report import Computation, CurvePoint
 from schemas.tasks import is_encoder_decoder, is_packable
+from schemas.together import Candidate
 from tasks.core import runtime
+from tasks.core.flops import FlopCounter
 from tasks.core.progress import bar, warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.batches import Inputs, left_padded, right_padded, run_on
@@ -54,7 +52,7 @@ CURVE: TypeAdapter[list[CurvePoint]] = TypeAdapter(list[CurvePoint])
 CANDIDATE: TypeAdapter[Candidate] = TypeAdapter(Candidate)
 
 HOW = (
-    "FLOPs: torch's counter (2 a multiply-add), attention counted as plain products, over one "
+    "FLOPs: torch's formulas (2 a multiply-add), attention counted as plain products, over one "
     "unpadded micro-batch of train rows, head at the columns that hold answers; backward with "
     "the gradients that the method needs and no others. Step time and tokens/s: medians of the "
     "train stage's own steps. Ratios to full: a plain forward, backward and AdamW of both in "
@@ -66,16 +64,12 @@ HOW = (
 @dataclass(frozen=True)
 class MicroBatch:
     """Unpadded rows, and what is to be learned of them: columns [B, T], or labels of the N rows
-    or of the N tokens; of pairs the N tokens of the targets."""
+    or of the N tokens; of pairs the N tokens of the targets. tokens: of all rows, on both sides."""
 
     inputs: Inputs
-    learned_BT: torch.Tensor | None
-    labels_N: torch.Tensor | None
-
-    @property
-    def tokens(self) -> int:
-        """Of sources and targets, where they are two."""
-        return sum(ids.numel() for name, ids in self.inputs.items() if name.endswith("input_ids"))
+    tokens: int
+    learned_BT: torch.Tensor | None = None
+    labels_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +108,7 @@ def measure(subject: Subject, model: torch.nn.Module, rows: TokenRows, train: Tr
     return Computation(
         forward_flops_per_token=forward_flops(model, batch),
         backward_flops_per_token=None if own is None else own.backward_flops,
+        train_flops_per_token=subject.training_facts.get("train_flops_per_token"),
         step_time_s=step_time_s,
         train_tokens_per_s=tokens_per_s,
         flops_ratio_to_full=own.flops / full.flops if own and full else None,
@@ -135,17 +130,23 @@ def micro_batch(rows: TokenRows, task: str, tokens: int) -> MicroBatch:
     width = int(lengths[nearest].min())
     if is_encoder_decoder(task):
         return pair_batch(rows, nearest)
+    count = width * len(nearest)
     if is_packable(task):
         cut = [rows.row(index)[-width:] for index in nearest]
         learned_BT = np.stack([rows.mask(index)[-width:] for index in nearest]).astype(bool)
         learned_BT[:, 0] = False  # nothing stands before it
-        return MicroBatch(left_padded(cut, pad_id=0), torch.from_numpy(learned_BT), None)
-    inputs = right_padded([rows.row(index)[:width] for index in nearest], pad_id=0)
+        return MicroBatch(
+            left_padded(cut, pad_id=0), count, learned_BT=torch.from_numpy(learned_BT)
+        )
+    if rows.pixels is not None:
+        inputs = {"pixel_values": torch.from_numpy(rows.images(nearest))}
+    else:
+        inputs = right_padded([rows.row(index)[:width] for index in nearest], pad_id=0)
     if rows.token_labels is not None:
         cut = [rows.token_labels[rows.place(index)][:width] for index in nearest]
-        return MicroBatch(inputs, None, torch.from_numpy(np.concatenate(cut)).long())
+        return MicroBatch(inputs, count, labels_N=torch.from_numpy(np.concatenate(cut)).long())
     assert rows.labels is not None
-    return MicroBatch(inputs, None, torch.from_numpy(rows.labels[nearest]))
+    return MicroBatch(inputs, count, labels_N=torch.from_numpy(rows.labels[nearest]))
 
 
 def pair_batch(rows: TokenRows, nearest: NDArray[np.int64]) -> MicroBatch:
@@ -154,7 +155,9 @@ def pair_batch(rows: TokenRows, nearest: NDArray[np.int64]) -> MicroBatch:
     sources, targets = ([row[: min(map(len, side))] for row in side] for side in both)
     # Any token can stand for the start: what is timed does not depend on it.
     inputs = pair_inputs(sources, targets, pad_id=0, start_id=0)
-    return MicroBatch(inputs, None, torch.from_numpy(np.concatenate(targets)).long())
+    count = sum(map(len, sources)) + sum(map(len, targets))
+    labels_N = torch.from_numpy(np.concatenate(targets)).long()
+    return MicroBatch(inputs, count, labels_N=labels_N)
 
 
 def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -166,26 +169,13 @@ def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits_NC, batch.labels_N.to(logits_NC.device))
 
 
-def flop_counter() -> FlopCounterMode:
-    """torch's, which knows bitsandbytes' product of 4-bit weights too where there may be one."""
-    known = {}
-    if "bitsandbytes" in sys.modules:
-        known[torch.ops.bitsandbytes.gemm_4bit] = four_bit_flops
-    return FlopCounterMode(display=False, custom_mapping=known)
-
-
-def four_bit_flops(x_shape: Any, packed: Any, weight_shape: Any, *rest: Any, **named: Any) -> int:
-    """Of x_TI W^T with W of shape [O, I]."""
-    flops: int = 2 * math.prod(x_shape) * weight_shape[0]
-    return flops
-
-
 def forward_flops(model: torch.nn.Module, batch: MicroBatch) -> float:
     """FLOPs of a forward pass, a token."""
     # The counter does not know the CPU's fused attention, so attention is spelt out.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
+    counter = FlopCounter()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         loss_of(model, batch)
-    return float(counter.get_total_flops() / batch.tokens)
+    return counter.flops / batch.tokens
 
 
 def backward_flops(model: torch.nn.Module, batch: MicroBatch) -> float:
@@ -196,10 +186,10 @@ def backward_flops(model: torch.nn.Module, batch: MicroBatch) -> float:
     """
     with sdpa_kernel(SDPBackend.MATH):
         loss = loss_of(model, batch)
-        with flop_counter() as counter:
+        with (counter := FlopCounter()):
             loss.backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
-    return float(counter.get_total_flops() / batch.tokens)
+    return counter.flops / batch.tokens
 
 
 def step_costs(

@@ -7,6 +7,7 @@ the machine does meets all of them. A disabled adapter is not the base: its wrap
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 
 from schemas.recipe import Evaluate
-from schemas.report import Latency
-from schemas.tasks import is_encoder_decoder, is_labelled
+from schemas.report import Interval, Latency
+from schemas.tasks import is_encoder_decoder, is_labelled, reads_images
 from tasks.core.progress import bar, warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
@@ -48,11 +49,14 @@ def how(evaluate: Evaluate, task: str, threads: int) -> str:
         else " (a classification decodes nothing)"
     )
     lengths = " or ".join(str(length) for length in evaluate.prompt_lengths)
-    reader = " by the encoder, and over the decoder's start token" * is_encoder_decoder(task)
+    read = "images" if reads_images(task) else f"{lengths} prompt tokens"
+    if is_encoder_decoder(task):
+        read += " by the encoder, and over the decoder's start token"
     return (
-        f"forward pass over {lengths} prompt tokens{reader}{decoded}; "
+        f"forward pass over {read}{decoded}; "
         f"{WARM_UPS} warm-ups, {evaluate.repeats} repeats, models taking turns in one process "
-        f"({threads} threads); p50 and p95, ratio of the medians to the base's"
+        f"({threads} threads); p50 and p95; ratios to the base's of the same turn, their median "
+        "and its 95 % interval (order statistics, turns taken as independent)"
     )
 
 
@@ -67,7 +71,7 @@ def measure(
     """One row for each model, prompt length and batch size, but for the reference among others.
 
     The recipe's first prompt length comes first, cut where the context is shorter; a further one
-    that does not fit is left out, aloud.
+    that does not fit is left out, aloud. An image has one length, which is no prompt's.
 
     Args:
         models: name to model; `base` is the reference. Alone, it is measured against itself.
@@ -76,7 +80,9 @@ def measure(
     """
     results: list[Latency] = []
     orders = list(permutations(models))
-    lengths = prompt_lengths(models, evaluate, more or {})
+    lengths: dict[int | None, dict[str, int]] = {None: dict.fromkeys(models, 0)}
+    if not reads_images(task):
+        lengths = prompt_lengths(models, evaluate, more or {})
     sizes = list(product(lengths, evaluate.batch_sizes))
     rounds = len(sizes) * (WARM_UPS + evaluate.repeats)
     with bar("latency", rounds, "rounds") as progress, torch.inference_mode(), quiet():
@@ -101,11 +107,11 @@ def measure(
 
 def prompt_lengths(
     models: dict[str, torch.nn.Module], evaluate: Evaluate, more: dict[str, int]
-) -> dict[int, dict[str, int]]:
+) -> dict[int | None, dict[str, int]]:
     """Each prompt length of the recipe that can be had: the tokens that are timed for it by each
     model, the same for all but for what examples add. Virtual tokens take up some of a context.
     """
-    fitting: dict[int, dict[str, int]] = {}
+    fitting: dict[int | None, dict[str, int]] = {}
     for length in evaluate.prompt_lengths:
         alike = min(fit(model, length) for model in models.values())
         tokens = {name: fit(model, alike + more.get(name, 0)) for name, model in models.items()}
@@ -152,9 +158,9 @@ def wait(device: torch.device) -> None:
 
 
 def summary(
-    times: Times, base: Times, batch_size: int, prompt_tokens: int, merged: bool
+    times: Times, base: Times, batch_size: int, prompt_tokens: int | None, merged: bool
 ) -> Latency:
-    """Quantiles of one model's times, and its medians over the base's."""
+    """Quantiles of one model's times, and its ratio to the base's."""
     decodes = bool(times.token)
     return Latency(
         batch_size=batch_size,
@@ -164,9 +170,32 @@ def summary(
         prefill_p95_ms=quantile(times.prefill, 0.95),
         token_p50_ms=quantile(times.token, 0.5) if decodes else None,
         token_p95_ms=quantile(times.token, 0.95) if decodes else None,
-        prefill_ratio=quantile(times.prefill, 0.5) / quantile(base.prefill, 0.5),
-        token_ratio=quantile(times.token, 0.5) / quantile(base.token, 0.5) if decodes else None,
+        prefill_ratio=median_ratio(times.prefill, base.prefill),
+        token_ratio=median_ratio(per_turn(times), per_turn(base)) if decodes else None,
     )
+
+
+def per_turn(times: Times) -> list[float]:
+    """Milliseconds of all tokens that were decoded after each prefill."""
+    turns = np.reshape(times.token, (len(times.prefill), -1))
+    return [float(turn) for turn in turns.sum(axis=1)]
+
+
+def median_ratio(own: list[float], base: list[float]) -> Interval:
+    """The median over turns of one model's time by the base's in the same turn.
+
+    What slows a turn down slows down both, so turns are compared and not medians. The interval is
+    that of a median, between two of its order statistics (Conover 1999, Practical Nonparametric
+    Statistics, 3.2); of fewer than six turns it is their whole range, and holds less than 95 %.
+    """
+    ratios = np.sort(np.asarray(own) / np.asarray(base))
+    count, outside = len(ratios), 0
+    # So many at either end are left out as 2.5 % of fair coins' tails allow.
+    while sum(math.comb(count, heads) for heads in range(outside + 1)) <= 0.025 * 2**count:
+        outside += 1
+    outside = max(outside, 1)
+    low, high = float(ratios[outside - 1]), float(ratios[count - outside])
+    return Interval(value=float(np.median(ratios)), low=low, high=high)
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from schemas.report import CriteriaReport, Latency
 from schemas.stages import EvaluateSpec
-from schemas.tasks import is_labelled
+from schemas.tasks import TASKS, is_labelled
 from tasks.core import runtime
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
@@ -21,6 +21,12 @@ from tasks.evaluate.probes import Probe
 from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import Subject, read_subject
 from tasks.methods.table import method_for
+
+#: Why nothing says what a classifier has forgotten.
+NO_RETENTION = {
+    "text": "not measured, a classifier has no language head to measure it with",
+    "image": "not measured, there is no general text to read and no head but the new one",
+}
 
 
 def measure(
@@ -132,7 +138,7 @@ def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
     retained = (
         "retention: loss per token of general text, minus the base's"
         if not is_labelled(spec.task)
-        else "retention: not measured, a classifier has no language head to measure it with"
+        else f"retention: {NO_RETENTION[TASKS[spec.task].reads]}"
     )
     return {
         "storage": storage.HOW,

@@ -18,23 +18,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, LlamaConfig, T5Config
+from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig
 
 from schemas.stages import EvaluateSpec
-from schemas.tasks import is_encoder_decoder, is_labelled
+from schemas.tasks import TASKS, is_encoder_decoder, is_labelled, reads_images
 from tasks.core import quantised, runtime
-from tasks.core.models import MODEL_CLASSES, load_config, load_trained
+from tasks.core.models import MODEL_CLASSES, load_config, load_trained, model_on_meta
 from tasks.core.quantised import Quantisation
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
-from tasks.evaluate.batches import by_length, pad_id_of, right_padded, run_on
+from tasks.evaluate.batches import by_length, classified, run_on
 from tasks.evaluate.generate import generate_batch
 from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import read_subject
 
-#: What toys are, of the same sizes under each kind's own names.
-SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-PAIR_SIZES = {"vocab_size": 64, "d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2}
+#: What a toy of each task is.
+TOYS: dict[str, Any] = {task: BertConfig if is_labelled(task) else LlamaConfig for task in TASKS}
+TOYS |= {task: ViTConfig for task in TASKS if reads_images(task)}
+TOYS |= {task: T5Config for task in TASKS if is_encoder_decoder(task)}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+#: The same in T5's own words.
+PAIR_SIZES = {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_kv": 32, "d_ff": 128}
 
 
 def how(spec: EvaluateSpec) -> str:
@@ -92,7 +96,7 @@ def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows, more: int 
         return
     groups = by_length(rows.lengths)
     largest = max(groups, key=lambda group: len(group) * rows.lengths[group[0]])
-    run_on(model, right_padded([rows.row(index) for index in largest], pad_id_of(model)))
+    run_on(model, classified(rows, largest, model))
 
 
 def settle(
@@ -106,11 +110,10 @@ def settle(
     """
     from peft import LoraConfig, get_peft_model
 
-    with torch.device("meta"):
-        MODEL_CLASSES[spec.task].from_config(load_config(model_dir))
+    model_on_meta(load_config(model_dir), spec.task, model_dir)
     with tempfile.TemporaryDirectory() as directory:
         base, adapter = Path(directory, "base"), Path(directory, "adapter")
-        model = toy(spec.task, max(1024, int(rows.lengths.max())))
+        model = toy(spec.task, rows)
         model.save_pretrained(base)
         get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(adapter)
         if quantisation is not None:
@@ -118,13 +121,19 @@ def settle(
         work(load_trained(base, adapter, spec.task, None, spec.dtype), spec, one_token(rows))
 
 
-def toy(task: str, positions: int) -> Any:
-    """A model of the task that weighs next to nothing."""
-    if is_encoder_decoder(task):
-        config: Any = T5Config(**PAIR_SIZES, num_heads=2, decoder_start_token_id=0)
+def toy(task: str, rows: TokenRows) -> Any:
+    """A model of the task that reads these rows and weighs next to nothing."""
+    if rows.pixels is not None:
+        _, channels, height, width = rows.pixels.shape
+        reads: dict[str, Any] = {"num_channels": channels, "image_size": (height, width)}
+        reads["patch_size"] = max(1, height // 4)
     else:
-        kind = BertConfig if is_labelled(task) else LlamaConfig
-        config = kind(**SIZES, intermediate_size=128, max_position_embeddings=positions)
+        reads = {"vocab_size": 64, "max_position_embeddings": max(1024, int(rows.lengths.max()))}
+    if is_encoder_decoder(task):
+        sizes: dict[str, Any] = {**PAIR_SIZES, "decoder_start_token_id": 0}
+    else:
+        sizes = {**SIZES, "intermediate_size": 128}
+    config = TOYS[task](**sizes, **reads)
     return MODEL_CLASSES[task].from_config(config)
 
 

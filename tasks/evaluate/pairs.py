@@ -19,6 +19,7 @@ from tasks.evaluate.batches import (
     Inputs,
     Row,
     base_of,
+    classified,
     is_pair_model,
     pad_id_of,
     right_padded,
@@ -56,11 +57,10 @@ def padded_targets(targets: Sequence[Row]) -> torch.Tensor:
 def first_rows(model: torch.nn.Module, rows: TokenRows, count: int) -> Inputs:
     """The first rows of a split as one batch of whatever model."""
     few = range(min(len(rows), count))
-    pad_id = pad_id_of(model)
     if not is_pair_model(model):
-        return right_padded([rows.row(index) for index in few], pad_id)
+        return classified(rows, few, model)
     sources, targets = zip(*(sides(rows, index) for index in few), strict=True)
-    return pair_inputs(sources, targets, pad_id, start_id_of(model))
+    return pair_inputs(sources, targets, pad_id_of(model), start_id_of(model))
 
 
 def pair_losses(

@@ -22,10 +22,10 @@ from tasks.evaluate.batches import (
     BATCH_TOKENS,
     base_of,
     by_length,
+    classified,
     is_pair_model,
     left_padded,
     pad_id_of,
-    right_padded,
     run_on,
 )
 from tasks.evaluate.pairs import pair_losses
@@ -116,10 +116,9 @@ def head_logits(
     model: torch.nn.Module, rows: TokenRows, label: str
 ) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
     """Groups of rows, each with its float32 logits: [B, C], or [B, T, C] of every position."""
-    pad_id = pad_id_of(model)
     with bar(label, len(rows), "rows") as progress:
         for group in by_length(rows.lengths):
-            inputs = right_padded([rows.row(index) for index in group], pad_id)
+            inputs = classified(rows, group, model)
             yield group, run_on(model, inputs).logits.float()
             progress.advance(len(group))
 

@@ -11,14 +11,14 @@ from safetensors import safe_open
 
 from schemas.report import Storage
 from tasks.core import quantised
+from tasks.core.adapters import CONFIG, TUNER, WEIGHTS, directories
 from tasks.core.bases import base_files
-from tasks.core.models import TUNER
 from tasks.core.shots import EXAMPLES, PROMPT
 from tasks.evaluate.subject import Subject
 
-#: What is read of an adapter's directory: by PEFT, which may lack a kind's tuner, and by us where
+#: What is read of each adapter's directory: by PEFT, which may lack a kind's tuner, and by us where
 #: the base is quantised.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", TUNER, quantised.FILE)
+ADAPTER_FILES = (CONFIG, WEIGHTS, TUNER, quantised.FILE)
 TASKS = 10
 
 HOW = (
@@ -54,7 +54,8 @@ def shipped_files(subject: Subject) -> list[Path]:
     if subject.model_dir is None:
         return []
     if subject.is_adapter:
-        files = (subject.model_dir / name for name in ADAPTER_FILES)
+        places = directories(subject.model_dir)
+        files = (place / name for place in places for name in ADAPTER_FILES)
         return [path for path in files if path.exists()]
     if subject.is_prompt:
         shown = (subject.model_dir / EXAMPLES).exists()
@@ -70,7 +71,7 @@ def trainable_parameters(subject: Subject) -> int:
     if subject.trained_dir is None:
         return 0
     return sum(
-        saved_elements(path) for path in (subject.trained_dir / "model").glob("*.safetensors")
+        saved_elements(path) for path in (subject.trained_dir / "model").rglob("*.safetensors")
     )
 
 

@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from schemas.manifest import Manifest
 from schemas.stages import EvaluateSpec
 from schemas.tasks import Task, is_labelled
+from tasks.core.adapters import is_adapter
 from tasks.core.models import load_base, load_trained, read_labels
 from tasks.core.progress import warn
 from tasks.core.quantised import Quantisation
@@ -43,7 +44,7 @@ class Subject:
 
     @property
     def is_adapter(self) -> bool:
-        return self.model_dir is not None and (self.model_dir / "adapter_config.json").exists()
+        return self.model_dir is not None and is_adapter(self.model_dir)
 
     @property
     def is_prompt(self) -> bool:

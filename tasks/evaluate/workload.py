@@ -27,7 +27,11 @@ def prompts(rows: TokenRows, batch_size: int, prompt_tokens: int) -> list[NDArra
 
 
 def inputs(rows: TokenRows, task: str, batch_size: int, prompt_tokens: int) -> Inputs:
-    """The same prompts as one unpadded batch, as the task's models take it."""
+    """The same prompts as one unpadded batch, as the task's models take it; of images, which have
+    one length, as many of the first as it takes."""
+    if rows.pixels is not None:
+        first = np.resize(np.arange(len(rows)), batch_size)
+        return {"pixel_values": torch.from_numpy(rows.images(first))}
     block = prompts(rows, batch_size, prompt_tokens)
     return left_padded(block, 0) if is_packable(task) else right_padded(block, 0)
 

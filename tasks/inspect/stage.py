@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from schemas.candidates import Candidate
 from schemas.errors import Problem, UserError
 from schemas.stages import InspectSpec
-from tasks.core.models import MODEL_CLASSES, check_kind, load_config
+from schemas.together import Candidate
+from tasks.core.models import load_config, model_on_meta
 from tasks.methods.method import count_parameters, trained
 from tasks.methods.table import method_for
 
@@ -44,10 +44,7 @@ def run(spec: InspectSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, A
 
 def shapes(base: Path, task: str) -> nn.Module:
     """The base without its weights."""
-    config = load_config(base)
-    check_kind(config, task, "base.model")
-    with torch.device("meta"):
-        model: nn.Module = MODEL_CLASSES[task].from_config(config)
+    model: nn.Module = model_on_meta(load_config(base), task, base)
     return model
 
 

@@ -181,10 +181,10 @@ def refuse_unknown(config: dict[str, Any], directory: Path) -> None:
 
 
 def task_of(config: dict[str, Any], directory: Path) -> str:
-    tasks = {kind.value: task for task, kind in TASK_TYPES.items()}
+    tasks = {kind and kind.value: task for task, kind in TASK_TYPES.items()}
     if config.get("task_type") not in tasks:
         raise StageError(
             f"{directory}/adapter_config.json: task_type is {config.get('task_type')!r}, "
-            f"not one of {', '.join(tasks)}: the class of the merged model is unknown"
+            f"not one of {', '.join(map(str, tasks))}: the class of the merged model is unknown"
         )
     return tasks[config["task_type"]]

@@ -11,6 +11,7 @@ from typing import Any
 from schemas.errors import StageError
 from schemas.stages import MergeSpec
 from schemas.tasks import is_labelled
+from tasks.core.adapters import is_adapter
 from tasks.core.bases import tokenizer_files
 from tasks.core.models import MODEL_CLASSES, read_labels
 from tasks.core.progress import say
@@ -40,7 +41,7 @@ def run(spec: MergeSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     shutil.rmtree(model_dir, ignore_errors=True)
     model_dir.mkdir()
     trained = paths["trained"] / "model"
-    if (trained / "adapter_config.json").exists():
+    if is_adapter(trained):
         counts = fold_into(trained, paths, model_dir)
     else:
         counts = copy_whole(trained, paths["base"], model_dir)

@@ -28,10 +28,11 @@ from torch import nn
 
 from schemas.candidates import AdaLora
 from schemas.errors import Problem, StageError, UserError
+from tasks.core.adapters import CONFIG, WEIGHTS
 from tasks.core.files import write_atomic
 from tasks.core.progress import say, warn
 from tasks.methods.course import Course
-from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.method import Method, head_parameters, task_settings
 from tasks.methods.targets import linear_targets
 
 PLACE = "candidates[method=adalora]"
@@ -42,14 +43,14 @@ INTERVAL = 0.01
 EPSILON = 1e-5
 
 
-def build(model: nn.Module, candidate: AdaLora, task: str) -> nn.Module:
-    """The model wrapped by PEFT, with A, E and B (and the head) in float32 and the rest frozen.
+def config(model: nn.Module, candidate: AdaLora, task: str) -> AdaLoraConfig:
+    """What PEFT is told.
 
     Raises:
         UserError: a target that matches no linear layer, or that is narrower than `initial_rank`.
     """
     targets = checked_targets(model, candidate)
-    config = AdaLoraConfig(
+    return AdaLoraConfig(
         **task_settings(model, task),
         target_r=candidate.rank,
         init_r=candidate.initial_rank,
@@ -60,12 +61,13 @@ def build(model: nn.Module, candidate: AdaLora, task: str) -> nn.Module:
         # The course of a run knows its steps.
         total_step=1,
     )
-    tuned = adapted(model, config, PLACE)
-    for name, weight in tuned.named_parameters():
-        # What alpha is divided by. Over a base in bfloat16 PEFT makes weights of them, to learn.
+
+
+def without_ranks(model: nn.Module) -> None:
+    """Freeze what alpha is divided by. Over a base in bfloat16 PEFT makes weights of it."""
+    for name, weight in model.named_parameters():
         if ".ranknum." in name:
             weight.requires_grad_(False)
-    return tuned
 
 
 def trainable_parameters(model: nn.Module, candidate: AdaLora, task: str) -> int:
@@ -193,7 +195,7 @@ class AdaLoraCourse(Course):
         return {"ranks": found}
 
     def export(self, adapter: Path) -> None:
-        path, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+        path, settings = adapter / WEIGHTS, adapter / CONFIG
         saved, record = load_file(path), json.loads(settings.read_text())
         scale = record["lora_alpha"] / (record["init_r"] + EPSILON)
         tensors, ranks = {}, {}
@@ -237,7 +239,8 @@ METHOD = Method(
     merges=True,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
+    settle=without_ranks,
     trainable_parameters=trainable_parameters,
     course=AdaLoraCourse,
     ships=shipped_parameters,

@@ -14,14 +14,14 @@ from torch import nn
 from schemas.candidates import BitFit
 from schemas.errors import UserError
 from tasks.core.models import head_modules
-from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.method import Method, head_parameters, task_settings
 from tasks.methods.tuners import bitfit
 
 PLACE = "candidates[method=bitfit]"
 
 
-def build(model: nn.Module, candidate: BitFit, task: str) -> nn.Module:
-    """The model wrapped by PEFT, with its biases (and the head) in float32 and the rest frozen.
+def config(model: nn.Module, candidate: BitFit, task: str) -> bitfit.BitFitConfig:
+    """What PEFT is told.
 
     Raises:
         UserError: the base has no bias.
@@ -32,7 +32,7 @@ def build(model: nn.Module, candidate: BitFit, task: str) -> nn.Module:
             f"{type(model).__name__} has no bias outside its heads, so BitFit has nothing to train",
             "use method: layer_norm or method: lora, which need none",
         )
-    return adapted(model, bitfit.BitFitConfig(**task_settings(model, task)), PLACE)
+    return bitfit.BitFitConfig(**task_settings(model, task))
 
 
 def trainable_parameters(model: nn.Module, candidate: BitFit, task: str) -> int:
@@ -59,7 +59,7 @@ METHOD = Method(
     merges=True,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
     tuner=Path(bitfit.__file__),
 )

@@ -13,34 +13,24 @@ from pathlib import Path
 from torch import nn
 
 from schemas.candidates import Bottleneck
-from tasks.methods.method import Method, adapted, head_parameters, refused, task_settings
+from tasks.methods.method import Method, head_parameters, refused, task_settings
 from tasks.methods.tuners import bottleneck
 
 PLACE = "candidates[method=bottleneck]"
 
 
-def build(model: nn.Module, candidate: Bottleneck, task: str) -> nn.Module:
-    """The model wrapped by PEFT, its adapters (and the head) in float32 and the rest frozen.
-
-    Raises:
-        UserError: a base whose modules are not known, or a name that matches none.
-    """
-    return adapted(model, settings(model, candidate, task), PLACE)
-
-
 def trainable_parameters(model: nn.Module, candidate: Bottleneck, task: str) -> int:
     """2 d b + b + d for each adapter, and the head."""
-    config = settings(model, candidate, task)
     try:
-        widths = bottleneck.target_widths(model, config)
+        widths = bottleneck.target_widths(model, config(model, candidate, task))
     except ValueError as error:
         raise refused(error, PLACE) from error
     own = bottleneck.count(widths.values(), candidate.reduction_factor)
     return own + head_parameters(model, task)
 
 
-def settings(model: nn.Module, candidate: Bottleneck, task: str) -> bottleneck.BottleneckConfig:
-    """PEFT's configuration of a candidate."""
+def config(model: nn.Module, candidate: Bottleneck, task: str) -> bottleneck.BottleneckConfig:
+    """What PEFT is told. Its tuner says what of it cannot be on a base."""
     fields = candidate.model_dump(exclude={"name", "train", "method"})
     return bottleneck.BottleneckConfig(**task_settings(model, task), **fields)
 
@@ -52,7 +42,7 @@ METHOD = Method(
     merges=False,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
     tuner=Path(bottleneck.__file__),
 )

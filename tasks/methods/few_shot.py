@@ -16,6 +16,6 @@ METHOD = Method(
     tasks=("causal-lm",),
     trained_base=False,
     format="prompt",
-    build=build,
+    builder=build,
     trainable_parameters=trainable_parameters,
 )

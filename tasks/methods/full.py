@@ -30,6 +30,6 @@ METHOD = Method(
     merges=False,
     trained_base=True,
     format="transformers",
-    build=build,
+    builder=build,
     trainable_parameters=trainable_parameters,
 )

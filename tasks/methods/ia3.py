@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from schemas.candidates import Ia3
 from schemas.errors import UserError
-from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.method import Method, head_parameters, task_settings
 from tasks.methods.targets import adaptable, linear_targets
 
 PLACE = "candidates[method=ia3]"
@@ -33,23 +33,23 @@ KINDS = {
     **dict.fromkeys(("opt", "phi", "bart"), PLAIN),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
     **dict.fromkeys(("t5", "mt5", "umt5"), T5),
+    **dict.fromkeys(("vit", "deit", "beit", "dinov2", "dinov2_with_registers"), PLAIN),
     "distilbert": (r"[kv]_lin", r"ffn\.lin2"),
 }
 
 
-def build(model: PreTrainedModel, candidate: Ia3, task: str) -> nn.Module:
-    """The model wrapped by PEFT, with its vectors (and the head) in float32 and the rest frozen.
+def config(model: PreTrainedModel, candidate: Ia3, task: str) -> IA3Config:
+    """What PEFT is told.
 
     Raises:
         UserError: a base whose usual modules are not known, or a name that matches none.
     """
     outputs, inputs = scaled(model, candidate)
-    config = IA3Config(
+    return IA3Config(
         **task_settings(model, task),
         target_modules=sorted({**outputs, **inputs}),
         feedforward_modules=sorted(inputs),
     )
-    return adapted(model, config, PLACE)
 
 
 def trainable_parameters(model: PreTrainedModel, candidate: Ia3, task: str) -> int:
@@ -95,7 +95,7 @@ METHOD = Method(
     merges=True,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
     # A vector of ones says nothing; one that decays to zero silences what it scales.
     decays=lambda name: ".ia3_l" not in name,

@@ -14,20 +14,19 @@ from torch import nn
 from schemas.candidates import LastLayers
 from schemas.errors import UserError
 from tasks.core.models import head_modules
-from tasks.methods.method import Method, adapted, count_parameters, head_parameters, task_settings
+from tasks.methods.method import Method, count_parameters, head_parameters, task_settings
 
 PLACE = "candidates[method=last_layers]"
 
 
-def build(model: nn.Module, candidate: LastLayers, task: str) -> nn.Module:
-    """The model wrapped by PEFT, its top blocks, final norm and head in float32, the rest frozen.
+def config(model: nn.Module, candidate: LastLayers, task: str) -> LNTuningConfig:
+    """What PEFT is told.
 
     Raises:
         UserError: more blocks than the base has, or blocks that cannot be taken apart.
     """
     targets = sorted(top_layers(model, candidate))
-    config = LNTuningConfig(**task_settings(model, task), target_modules=targets)
-    return adapted(model, config, PLACE)
+    return LNTuningConfig(**task_settings(model, task), target_modules=targets)
 
 
 def trainable_parameters(model: nn.Module, candidate: LastLayers, task: str) -> int:
@@ -102,7 +101,7 @@ METHOD = Method(
     merges=True,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
     replaces=True,
 )

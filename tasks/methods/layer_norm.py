@@ -13,19 +13,18 @@ from torch import nn
 from schemas.candidates import LayerNorm
 from schemas.errors import UserError
 from tasks.core.models import head_modules
-from tasks.methods.method import Method, adapted, count_parameters, head_parameters, task_settings
+from tasks.methods.method import Method, count_parameters, head_parameters, task_settings
 
 PLACE = "candidates[method=layer_norm]"
 
 
-def build(model: nn.Module, candidate: LayerNorm, task: str) -> nn.Module:
-    """The model wrapped by PEFT, with its norms (and the head) in float32 and the rest frozen.
+def config(model: nn.Module, candidate: LayerNorm, task: str) -> LNTuningConfig:
+    """What PEFT is told.
 
     Raises:
         UserError: no norm has weights.
     """
-    config = LNTuningConfig(**task_settings(model, task), target_modules=sorted(norms(model)))
-    return adapted(model, config, PLACE)
+    return LNTuningConfig(**task_settings(model, task), target_modules=sorted(norms(model)))
 
 
 def trainable_parameters(model: nn.Module, candidate: LayerNorm, task: str) -> int:
@@ -56,6 +55,6 @@ METHOD = Method(
     merges=True,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
 )

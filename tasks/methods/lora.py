@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from schemas.candidates import Lora, LoraBase
 from schemas.errors import Problem, UserError
-from tasks.methods.method import Method, adapted, head_parameters, task_settings
+from tasks.methods.method import Method, head_parameters, place, task_settings
 from tasks.methods.residual import PEFT_NAMES, ResidualCourse
 from tasks.methods.targets import linear_targets
 
 
-def build(model: PreTrainedModel, candidate: LoraBase, task: str) -> nn.Module:
-    """The model wrapped by PEFT, with A and B (and the head) in float32 and the rest frozen.
+def config(model: PreTrainedModel, candidate: LoraBase, task: str) -> LoraConfig:
+    """What PEFT is told.
 
     Raises:
         UserError: a target that matches no linear layer, or a rank that a target cannot have.
@@ -34,7 +34,7 @@ def build(model: PreTrainedModel, candidate: LoraBase, task: str) -> nn.Module:
     # Shapes alone have no singular values.
     shapes_only = next(model.parameters()).is_meta
     start = candidate.init if isinstance(candidate, Lora) and not shapes_only else "default"
-    config = LoraConfig(
+    return LoraConfig(
         **task_settings(model, task),
         r=candidate.rank,
         lora_alpha=candidate.alpha,
@@ -48,7 +48,6 @@ def build(model: PreTrainedModel, candidate: LoraBase, task: str) -> nn.Module:
         use_dora=candidate.dora,
         init_lora_weights=PEFT_NAMES[start],
     )
-    return adapted(model, config, place(candidate))
 
 
 def trainable_parameters(model: nn.Module, candidate: LoraBase, task: str) -> int:
@@ -72,11 +71,6 @@ def shipped_parameters(model: nn.Module, candidate: Lora, task: str) -> int:
     layers = linear_targets(model, candidate.target_modules)
     widths = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
     return count + sum(ranks[name] * width for name, width in widths.items())
-
-
-def place(candidate: LoraBase) -> str:
-    """Where a recipe asks for it."""
-    return f"candidates[method={candidate.method}]"
 
 
 def rate_of(candidate: LoraBase, name: str) -> float:
@@ -130,7 +124,7 @@ METHOD = Method(
     merges=True,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
     rate_of=rate_of,
     course=ResidualCourse,

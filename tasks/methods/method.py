@@ -18,15 +18,21 @@ from tasks.core.models import head_modules
 from tasks.core.quantised import Quantisation
 from tasks.methods.course import Course
 
-TASK_TYPES = {
+#: PEFT's words for the tasks. It has none for images: its plain wrapper takes what the base takes.
+TASK_TYPES: dict[str, TaskType | None] = {
     "causal-lm": TaskType.CAUSAL_LM,
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "sequence-classification": TaskType.SEQ_CLS,
     "token-classification": TaskType.TOKEN_CLS,
+    "image-classification": None,
 }
 
-Family = Literal["none", "additive", "selective", "reparameterisation", "of its type"]
+Family = Literal[
+    "none", "additive", "selective", "reparameterisation", "of its type", "of its parts"
+]
 
+#: `config(model, candidate, task)`: what PEFT is told, from the base's shapes alone.
+Configure = Callable[[Any, Any, str], PeftConfig]
 #: `build(model, candidate, task)`: the model with exactly the method's weights trainable.
 Build = Callable[[Any, Any, str], nn.Module]
 #: `trainable_parameters(model, candidate, task)`: the formula, from the base's shapes alone.
@@ -44,9 +50,13 @@ class Method:
     tasks: the tasks that it can be used for.
     trained_base: whether it trains the base's own weights, which then stay in float32.
     format: what its entry holds.
+    config: what PEFT is told, which then wraps a base with it. What has none cannot be one of
+        several that learn together.
+    builder: what builds it, where PEFT's wrapping is not all there is to it.
+    settle: what is left to do once PEFT has wrapped a base.
     rate_of: from a candidate and a weight's name, what its learning rate is multiplied with.
-    decays: whether weight decay, where a recipe asks for it, is meant for a weight of that name;
-        biases and norms never decay.
+    decays: whether weight decay, where a recipe asks for it, is meant for a weight of that name,
+        which no other method has; biases and norms never decay.
     course: what it does in a run beside what the optimiser does, from the model, the candidate
         and the run's steps (`tasks/methods/course.py`).
     quantises: from a candidate, how the base is quantised beside which it learns, or None.
@@ -63,8 +73,10 @@ class Method:
     merges: bool
     trained_base: bool
     format: ModelFormat
-    build: Build
     trainable_parameters: Count
+    config: Configure | None = None
+    builder: Build | None = None
+    settle: Callable[[nn.Module], None] = lambda model: None
     rate_of: Callable[[Any, str], float] = lambda candidate, name: 1.0
     decays: Callable[[str], bool] = lambda name: True
     course: Callable[[nn.Module, Any, int], Course] = Course
@@ -73,6 +85,28 @@ class Method:
     tasks: tuple[str, ...] = tuple(TASK_TYPES)
     ships: Count | None = None
     tuner: Path | None = None
+
+    def build(self, model: Any, candidate: Any, task: str) -> nn.Module:
+        """The model with exactly the method's weights trainable, in float32.
+
+        Raises:
+            UserError: the method cannot be used on this base.
+        """
+        if self.config is None:
+            assert self.builder is not None, self.name
+            return self.builder(model, candidate, task)
+        return self.wrap(model, self.config(model, candidate, task), place(candidate))
+
+    def wrap(self, model: Any, config: PeftConfig, place: str) -> nn.Module:
+        """A base wrapped by PEFT. place: where the recipe asks for it."""
+        tuned = adapted(model, config, place)
+        self.settle(tuned)
+        return tuned
+
+
+def place(candidate: Any) -> str:
+    """Where a recipe asks for a candidate's method."""
+    return f"candidates[method={candidate.method}]"
 
 
 def adapted(model: Any, config: PeftConfig, place: str) -> nn.Module:

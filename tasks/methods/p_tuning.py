@@ -12,8 +12,7 @@ Only the V * d embeddings that come out are kept. For classification the head le
 
 from __future__ import annotations
 
-from peft import PromptEncoderConfig, PromptEncoderReparameterizationType
-from torch import nn
+from peft import PromptEncoderConfig, PromptEncoderReparameterizationType, PromptLearningConfig
 from transformers import PreTrainedModel
 
 from schemas.candidates import PTuning
@@ -26,14 +25,14 @@ ENCODERS = {
 }
 
 
-def build(model: PreTrainedModel, candidate: PTuning, task: str) -> nn.Module:
-    """The model wrapped by PEFT, with the network (and the head) in float32, the rest frozen.
+def config(model: PreTrainedModel, candidate: PTuning, task: str) -> PromptLearningConfig:
+    """What PEFT is told.
 
     Raises:
         UserError: a base whose layers do not see all virtual tokens.
     """
     width = soft.embedding_width(model)
-    return soft.build(
+    return soft.config(
         model,
         candidate,
         task,
@@ -78,8 +77,9 @@ METHOD = Method(
     tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
     decays=lambda name: "prompt_encoder." not in name,
+    course=soft.SoftCourse,
     ships=shipped_parameters,
 )

@@ -222,7 +222,7 @@ METHOD = Method(
     merges=False,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    builder=build,
     trainable_parameters=trainable_parameters,
     # As for `ia3`: a vector that decays to zero silences what it scales.
     decays=lambda name: ".ia3_l" not in name,

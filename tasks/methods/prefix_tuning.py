@@ -8,8 +8,7 @@ head learns too.
 
 from __future__ import annotations
 
-from peft import PrefixTuningConfig
-from torch import nn
+from peft import PrefixTuningConfig, PromptLearningConfig
 from transformers import PreTrainedModel
 
 from schemas.candidates import PrefixTuning
@@ -17,13 +16,13 @@ from tasks.methods import soft
 from tasks.methods.method import Method, head_parameters
 
 
-def build(model: PreTrainedModel, candidate: PrefixTuning, task: str) -> nn.Module:
-    """The model wrapped by PEFT, with the prefix (and the head) in float32, the rest frozen.
+def config(model: PreTrainedModel, candidate: PrefixTuning, task: str) -> PromptLearningConfig:
+    """What PEFT is told.
 
     Raises:
         UserError: a base whose layers do not see all virtual tokens.
     """
-    return soft.build(
+    return soft.config(
         model,
         candidate,
         task,
@@ -69,8 +68,9 @@ METHOD = Method(
     tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
     decays=lambda name: "prompt_encoder." not in name,
+    course=soft.SoftCourse,
     ships=shipped_parameters,
 )

@@ -7,8 +7,7 @@ vocabulary: N(0, 1), PEFT's default, is far from what a base has ever read.
 
 from __future__ import annotations
 
-from peft import PromptTuningConfig, PromptTuningInit
-from torch import nn
+from peft import PromptLearningConfig, PromptTuningConfig, PromptTuningInit
 from transformers import PreTrainedModel
 
 from schemas.candidates import PromptTuning
@@ -18,13 +17,13 @@ from tasks.methods.method import Method, head_parameters
 STARTS = {"vocabulary": PromptTuningInit.SAMPLE_VOCAB, "random": PromptTuningInit.RANDOM}
 
 
-def build(model: PreTrainedModel, candidate: PromptTuning, task: str) -> nn.Module:
-    """The model wrapped by PEFT, with the embeddings (and the head) in float32, the rest frozen.
+def config(model: PreTrainedModel, candidate: PromptTuning, task: str) -> PromptLearningConfig:
+    """What PEFT is told.
 
     Raises:
         UserError: a base whose layers do not see all virtual tokens.
     """
-    return soft.build(
+    return soft.config(
         model,
         candidate,
         task,
@@ -48,8 +47,9 @@ METHOD = Method(
     tasks=("causal-lm", "sequence-classification"),
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=trainable_parameters,
     # Zero is no neutral embedding.
     decays=lambda name: "prompt_encoder." not in name,
+    course=soft.SoftCourse,
 )

@@ -11,12 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from schemas.candidates import QLora
 from schemas.errors import StageError
 from tasks.core import quantised
+from tasks.core.adapters import own_name
 from tasks.core.models import unquantised_modules
 from tasks.core.progress import say
 from tasks.methods import lora
@@ -30,7 +31,7 @@ def quantisation(candidate: QLora) -> quantised.Quantisation:
     return quantised.Quantisation(candidate.quant_type, candidate.double_quantisation)
 
 
-def build(model: PreTrainedModel, candidate: QLora, task: str) -> nn.Module:
+def config(model: PreTrainedModel, candidate: QLora, task: str) -> LoraConfig:
     """As LoRA's, beside a base that was quantised as it was loaded, or on its shapes alone.
 
     Raises:
@@ -39,7 +40,7 @@ def build(model: PreTrainedModel, candidate: QLora, task: str) -> nn.Module:
     quantised.require_bitsandbytes(PLACE)
     if next(model.parameters()).is_meta:
         quantised.check_widths(model, unquantised_modules(model), PLACE)
-    return lora.build(model, candidate, task)
+    return lora.config(model, candidate, task)
 
 
 class QLoraCourse(Course):
@@ -53,7 +54,9 @@ class QLoraCourse(Course):
             for name, _ in self.model.named_modules()
             if name.endswith(".lora_A")
         ]
-        whole = [name for name in adapted if f"{name}.base_layer" not in layers]
+        # The layer itself, or one with a bias that is learned too, around it.
+        packed = {own_name(f"{name}.") for name in layers}
+        whole = [name for name in adapted if own_name(f"{name}.") not in packed]
         if whole or not adapted:
             raise StageError(f"QLoRA trained beside {whole[:1] or 'nothing'}, not in 4 bits")
         say(f"{len(layers)} layers of the base are {self.candidate.quant_type}")
@@ -70,7 +73,7 @@ METHOD = Method(
     merges=True,
     trained_base=False,
     format="peft-adapter",
-    build=build,
+    config=config,
     trainable_parameters=lora.trainable_parameters,
     rate_of=lora.rate_of,
     course=QLoraCourse,

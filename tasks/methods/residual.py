@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from schemas.candidates import Lora
+from tasks.core.adapters import CONFIG, WEIGHTS, own_name
 from tasks.core.files import write_atomic
 from tasks.methods.course import Course
 from tasks.methods.method import trained
@@ -53,11 +54,11 @@ class ResidualCourse(Course):
     def export(self, adapter: Path) -> None:
         if not self.start:
             return
-        path, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+        path, settings = adapter / WEIGHTS, adapter / CONFIG
         # clone: what safetensors maps from a file must not be there when the file is written.
         tensors = {name: value.clone() for name, value in load_file(path).items()}
         for full, start in self.start.items():
-            name = full.replace(".default.", ".")
+            name = own_name(full.replace(".default.", "."))
             own = tensors[name]
             start = start.to(own)
             joined = (own, -start) if ".lora_A." in name else (own, start)

@@ -26,9 +26,10 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from schemas.candidates import SoftPrompt
-from schemas.errors import UserError
+from schemas.errors import StageError, UserError
 from schemas.tasks import is_labelled
-from tasks.methods.method import adapted, task_settings
+from tasks.methods.course import Course
+from tasks.methods.method import place, task_settings
 
 #: Keys and values of the virtual tokens, [1, K, V, D] each, layer by layer.
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -37,26 +38,25 @@ Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 FIRST_POSITIONS = dict.fromkeys(("roberta", "xlm-roberta", "camembert"), 2)
 
 
-def build(
+def config(
     model: PreTrainedModel, candidate: SoftPrompt, task: str, kind: Any, **options: Any
-) -> nn.Module:
-    """The model wrapped by PEFT with a configuration of that kind.
+) -> PromptLearningConfig:
+    """What PEFT is told: a configuration of that kind.
 
     Sizes are given, as PEFT looks for them under names that not every kind of base has.
 
     Raises:
         UserError: a base whose layers do not see all virtual tokens.
     """
-    place = f"candidates[method={candidate.method}]"
-    check_base(model, place, task, options.pop("needs_cache", False))
-    config = kind(
+    check_base(model, place(candidate), task, options.pop("needs_cache", False))
+    made: PromptLearningConfig = kind(
         **task_settings(model, task),
         num_virtual_tokens=candidate.virtual_tokens,
         num_layers=model.config.num_hidden_layers,
         num_attention_heads=model.config.num_attention_heads,
         **options,
     )
-    return adapted(model, config, place)
+    return made
 
 
 def embedding_width(model: PreTrainedModel) -> int:
@@ -188,6 +188,38 @@ def keys_and_values(model: nn.Module) -> Layers:
     finally:
         backbone.train(training)
     return tuple((layer.keys, layer.values) for layer in cache.layers)
+
+
+class SoftCourse(Course):
+    """Proves in the end that the base attends to its virtual tokens."""
+
+    def finish(self) -> dict[str, Any]:
+        """Raises a StageError where rows come out the same whatever the virtual tokens are."""
+        moved = moved_logits(self.model)
+        if moved == 0:
+            raise StageError("no row attends to the virtual tokens: its logits do not go by them")
+        return {"virtual_tokens_move_logits": moved}
+
+
+@torch.no_grad()
+def moved_logits(model: nn.Module) -> float:
+    """The most that a logit of a short row moves when all that was learned of the virtual tokens
+    changes its sign, which is exact and so leaves no trace."""
+    peft: Any = model
+    learned = list(peft.prompt_encoder.parameters())
+    frozen = next(peft.get_base_model().parameters())
+    ids_1T = torch.arange(1, 5, device=frozen.device)[None]
+    training = model.training
+    model.eval()
+    with torch.autocast(ids_1T.device.type, frozen.dtype, enabled=frozen.dtype is torch.bfloat16):
+        before = run(model, input_ids=ids_1T).logits
+        for weight in learned:
+            weight.neg_()
+        after = run(model, input_ids=ids_1T).logits
+        for weight in learned:
+            weight.neg_()
+    model.train(training)
+    return float((after.float() - before.float()).abs().max())
 
 
 def _takes_cache(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from schemas.candidates import CandidateBase
 from schemas.errors import UserError
 from tasks import methods
 from tasks.methods.method import Method
@@ -22,6 +23,11 @@ def _discover() -> dict[str, Method]:
 
 
 METHODS: dict[str, Method] = _discover()
+
+
+def methods_of(candidate: CandidateBase) -> list[Method]:
+    """The methods that learn: the candidate's own, or those of its parts."""
+    return [METHODS[part.method] for part in candidate.parts]
 
 
 def method_for(name: str, task: str) -> Method:

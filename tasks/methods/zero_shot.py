@@ -29,6 +29,6 @@ METHOD = Method(
     tasks=("causal-lm", "seq2seq"),
     trained_base=False,
     format="prompt",
-    build=build,
+    builder=build,
     trainable_parameters=trainable_parameters,
 )

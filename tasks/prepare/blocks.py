@@ -35,10 +35,14 @@ BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """What the rows of a split are: their kind, and the file's name of each of our columns."""
+    """What the rows of a split are: their kind, and the file's name of each of our columns.
+
+    root: where the paths of images begin; None where a source has no place of its own.
+    """
 
     kind: Kind
     sources: dict[str, str]
+    root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Sorter:
     refused: list[Refused] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._read = row_reader(self.layout.kind, self.layout.sources)
+        self._read = row_reader(self.layout.kind, self.layout.sources, self.layout.root)
         self._rows: list[Row] = []
         self._places: list[tuple[int, int, int]] = []
         self._digests: list[bytes] = []

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tasks.core.pictures import encoded
 from tasks.core.progress import bar
 from tasks.prepare.blocks import Block, Layout, Refused, plan_json_lines, sort_json_lines
 from tasks.prepare.csv_rows import sort_csv
@@ -25,6 +26,10 @@ BLOCKS_FOR_WORKERS = 4
 
 #: Worker processes at most: each takes about 200 MiB.
 MAX_WORKERS = 8
+
+
+#: Images that are held at a time.
+IMAGE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,13 @@ def be_a_worker() -> None:
     pa.set_cpu_count(1)
 
 
-def tables_of(ingested: Ingested, keep: NDArray[np.bool_]) -> Iterator[pa.Table]:
-    """The rows of a mask, table by table, `row` being the line in the source."""
+def tables_of(
+    ingested: Ingested, keep: NDArray[np.bool_], columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of a mask, table by table, `row` being the line in the source.
+
+    columns: those to have beside `row`; None: all.
+    """
     start = 0
     for file in ingested.tables:
         with pa.memory_map(str(file)) as mapped:
@@ -120,24 +130,40 @@ def tables_of(ingested: Ingested, keep: NDArray[np.bool_]) -> Iterator[pa.Table]
             stop = start + len(table)
             chosen = keep[start:stop]
             table = table.set_column(0, "row", pa.array(ingested.lines[start:stop]))
+            table = table if columns is None else table.select(["row", *columns])
             yield table if chosen.all() else table.filter(pa.array(chosen))
             start = stop
 
 
-def frames_of(ingested: Ingested, keep: NDArray[np.bool_], rows: int) -> Iterator[pl.DataFrame]:
+def frames_of(
+    ingested: Ingested, keep: NDArray[np.bool_], rows: int, columns: list[str] | None = None
+) -> Iterator[pl.DataFrame]:
     """The rows of a mask as frames of at most `rows` rows."""
-    for table in tables_of(ingested, keep):
+    for table in tables_of(ingested, keep, columns):
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         yield from frame.iter_slices(rows)
 
 
+def whole_tables(ingested: Ingested, keep: NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """The rows of a mask with nothing of them elsewhere."""
+    if ingested.layout.kind != "image":
+        yield from tables_of(ingested, keep)
+        return
+    root = ingested.layout.root
+    for table in tables_of(ingested, keep):
+        for start in range(0, max(1, len(table)), IMAGE_ROWS):
+            part = table.slice(start, IMAGE_ROWS)
+            read = [encoded(reference, root) for reference in part["image"].to_pylist()]
+            yield part.set_column(1, "image", pa.array(read, pa.large_binary()))
+
+
 def write_rows(ingested: Ingested, keep: NDArray[np.bool_], path: Path) -> None:
-    """Write the rows of a mask to Parquet."""
+    """Write the rows of a mask to Parquet, images as the bytes that they were read from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
     try:
-        for table in tables_of(ingested, keep):
+        for table in whole_tables(ingested, keep):
             if writer is None:
                 # Texts rarely repeat: a dictionary would cost time and save nothing.
                 writer = pq.ParquetWriter(

@@ -27,10 +27,10 @@ LABELS_SHOWN = 10
 
 def labels_by_row(split: Split) -> list[list[str]]:
     """The labels of each kept row: one, or one a span."""
-    frames = pl.concat(list(frames_of(split.ingested, split.kept, BATCH_ROWS)))
-    if split.ingested.layout.kind == "spans":
-        column = frames["spans"].list.eval(pl.element().struct.field("label"))
-        return column.to_list()
+    column = "spans" if split.ingested.layout.kind == "spans" else "label"
+    frames = pl.concat(list(frames_of(split.ingested, split.kept, BATCH_ROWS, [column])))
+    if column == "spans":
+        return frames["spans"].list.eval(pl.element().struct.field("label")).to_list()
     return [[label] for label in frames["label"].to_list()]
 
 

@@ -19,6 +19,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("sentence", "content", "body", "question", "utterance", "review", "document"),
     "label": ("category", "intent", "class", "tag", "target", "topic"),
     "spans": ("entities", "ents", "slots", "annotations", "labels"),
+    "image": ("img", "picture", "photo", "file_name", "filename", "file", "path"),
 }
 
 #: The kinds of rows of each task, the preferred first.
@@ -27,6 +28,7 @@ KINDS: dict[Task, list[Kind]] = {
     "seq2seq": ["completion"],
     "sequence-classification": ["label"],
     "token-classification": ["spans"],
+    "image-classification": ["image"],
 }
 
 #: Columns that an error lists by name before it counts the rest.
@@ -81,7 +83,7 @@ def find_layout(task: Task, split: str, source: Source, readable: Readable) -> L
             f"more than one column is named {sources[repeated[0]]!r}",
             "give each column a name of its own",
         )
-    return Layout(kind, {name: sources[name] for name in COLUMNS[kind]})
+    return Layout(kind, {name: sources[name] for name in COLUMNS[kind]}, readable.root)
 
 
 def kinds_of(task: Task, split: str) -> list[Kind]:

@@ -30,6 +30,10 @@ class Reader:
     data: Data
     stops: frozenset[int]
 
+    @property
+    def max_length(self) -> int:
+        return self.data.max_length
+
     def rules(self, kind: Kind) -> Rules:
         add_special = self.template != "chat" or kind in TEXTS
         return Rules(

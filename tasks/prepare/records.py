@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from schemas.rows import COLUMNS, Kind
+from tasks.core.pictures import BadPicture, content_digest, decode, encoded
 
 #: Bytes of a row's digest: 128 bits, so that two of a billion rows meet with odds of 1e-21.
 DIGEST_BYTES = 16
@@ -124,6 +127,27 @@ def spans_of(record: Record, name: str, source: str) -> list[Span]:
     return sorted(found)
 
 
+class Picture(NamedTuple):
+    """A column that holds an image. reference: see `tasks.core.pictures.encoded`."""
+
+    reference: str
+    digest: bytes
+
+
+def image_of(root: Path | None, record: Record, name: str, source: str) -> Picture:
+    """A column that holds an image: a path relative to `root`, or its bytes in base64, alone or as
+    `datasets` writes an image ({bytes, path}; of a Parquet file bytes are base64 by now)."""
+    value = record.get(source)
+    if type(value) is dict:
+        name, value = f"{name}.bytes", value.get("bytes")
+    if type(value) is not str:
+        raise Refusal(f"missing:{name}" if value is None else f"wrong_type:{name}")
+    try:
+        return Picture(value, content_digest(decode(encoded(value, root)), DIGEST_BYTES))
+    except BadPicture as bad:
+        raise Refusal(*bad.args) from None
+
+
 #: Column: how its value is read.
 READERS: dict[str, Callable[[Record, str, str], Any]] = {
     "messages": messages_of,
@@ -135,12 +159,15 @@ READERS: dict[str, Callable[[Record, str, str], Any]] = {
 }
 
 
-def row_reader(kind: Kind, sources: dict[str, str]) -> Callable[[Record], Row]:
+def row_reader(
+    kind: Kind, sources: dict[str, str], root: Path | None = None
+) -> Callable[[Record], Row]:
     """A function from a record to the values of its columns; it raises Refusal.
 
-    sources: our column name: the file's.
+    sources: our column name: the file's. root: where the paths of images begin.
     """
-    columns = [(READERS[name], name, sources[name]) for name in COLUMNS[kind]]
+    readers = READERS | {"image": partial(image_of, root)}
+    columns = [(readers[name], name, sources[name]) for name in COLUMNS[kind]]
     if len(columns) == 1:
         [(read, name, source)] = columns
         return lambda record: (read(record, name, source),)
@@ -163,8 +190,12 @@ def row_reader(kind: Kind, sources: dict[str, str]) -> Callable[[Record], Row]:
 def digest_of(kind: Kind, row: Row) -> bytes:
     """The digest of a row, over all of its values.
 
-    A prompt and its completion are the chat of one question, and equal to it.
+    A prompt and its completion are the chat of one question, and equal to it. An image is itself
+    whatever its label: seen in training, it would be remembered in the test under any.
     """
+    if kind == "image":
+        picture: Picture = row[0]
+        return picture.digest
     if kind == "chat":
         return digest(row[0])
     if kind == "completion":
@@ -190,6 +221,9 @@ def to_table(kind: Kind, lines: list[int], rows: list[Row]) -> pa.Table:
         ends = list(accumulate((len(messages) // 2 for (messages,) in rows), initial=0))
         structs = pa.StructArray.from_arrays(fields, ["role", "content"])
         columns["messages"] = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), structs)
+    elif kind == "image":
+        columns["image"] = pa.array([picture.reference for picture, _ in rows], pa.large_string())
+        columns["label"] = pa.array([label for _, label in rows], pa.large_string())
     elif kind == "spans":
         columns["text"] = pa.array([text for text, _ in rows], pa.large_string())
         dicts = [[dict(zip(SPAN_KEYS, span, strict=True)) for span in row] for _, row in rows]

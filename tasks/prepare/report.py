@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from schemas.report import DataReport, LengthHistogram, SplitReport
 from schemas.rows import QUARANTINE, Kind
+from tasks.core.pictures import BASE64
 from tasks.core.progress import say
 from tasks.core.tokens import TokenRows
 from tasks.prepare.sources import recall
@@ -73,6 +74,9 @@ def write_test_rows(kind: Kind, rows: Iterator[pl.DataFrame], path: Path) -> Non
 
 
 def plain_words(kind: Kind, row: dict[str, Any]) -> dict[str, Any]:
+    if kind == "image":
+        named = not row["image"].startswith(BASE64)
+        return {"prompt": row["image"] if named else f"image {row['row']}", "label": row["label"]}
     if kind == "label":
         return {"prompt": row["text"], "label": row["label"]}
     if kind == "spans":

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import UserError
 from schemas.recipe import Source
+from tasks.core.pictures import BASE64
 from tasks.prepare.blocks import LINE_LIMIT, plan_json_lines
 from tasks.prepare.csv_rows import delimiter_of, read_header
 
@@ -36,12 +37,16 @@ SHOWN_BYTES = 1024
 
 @dataclass(frozen=True)
 class Readable:
-    """A source made ready: name is what a person knows it by, path the lines to read."""
+    """A source made ready: name is what a person knows it by, path the lines to read.
+
+    root: the directory of the user's own lines, which paths within them are relative to.
+    """
 
     name: str
     path: Path
     format: Literal["jsonl", "csv"]
     columns: list[str]
+    root: Path | None = None
 
 
 def open_source(source: Source, path: Path | None, scratch: Path) -> Readable:
@@ -63,9 +68,9 @@ def open_source(source: Source, path: Path | None, scratch: Path) -> Readable:
         raise UserError.at(name, "is empty", "give a file with at least one row")
     suffix = path.suffix.lower()
     if suffix in JSON_LINES:
-        return Readable(name, path, "jsonl", json_columns(path))
+        return Readable(name, path, "jsonl", json_columns(path), path.parent)
     if suffix in CSV:
-        return Readable(name, path, "csv", csv_columns(path, name))
+        return Readable(name, path, "csv", csv_columns(path, name), path.parent)
     if suffix in PARQUET:
         lines = scratch / "parquet.jsonl"
         write_lines(parquet_batches(path, name), lines)
@@ -172,7 +177,7 @@ def write_lines(batches: Iterator[pa.RecordBatch], path: Path) -> None:
 
 def as_text(value: Any) -> str:
     if isinstance(value, bytes):
-        return "base64:" + base64.b64encode(value).decode()
+        return BASE64 + base64.b64encode(value).decode()
     return str(value)
 
 
@@ -189,7 +194,7 @@ def recall(path: Path, offset: int, length: int) -> str:
             try:
                 return raw.decode()
             except UnicodeDecodeError:
-                return "base64:" + base64.b64encode(raw).decode()
+                return BASE64 + base64.b64encode(raw).decode()
         shown = file.read(SHOWN_BYTES)
         digest = hashlib.sha256(shown)
         left = length - len(shown)

@@ -13,7 +13,7 @@ from schemas.errors import UserError
 from schemas.recipe import HoldOut, Source
 from schemas.report import DataReport
 from schemas.stages import PrepareSpec
-from schemas.tasks import is_labelled
+from schemas.tasks import is_labelled, reads_images
 from tasks.core.files import write_atomic
 from tasks.core.progress import warn
 from tasks.core.store import SCRATCH
@@ -22,6 +22,7 @@ from tasks.prepare.compose import Mismatch
 from tasks.prepare.ingest import Ingested, frames_of, ingest, write_rows
 from tasks.prepare.labels import head_labels, settle_labels
 from tasks.prepare.layout import find_layout
+from tasks.prepare.pixels import PixelReader, open_pixels
 from tasks.prepare.reader import Reader, open_reader
 from tasks.prepare.report import (
     facts_of,
@@ -48,13 +49,16 @@ def run(spec: PrepareSpec, paths: dict[str, Path], out: Path) -> dict[str, Any]:
     scratch = out / SCRATCH
     opened = open_sources(spec, paths, scratch)
     kinds = {layout.kind for _, layout in opened.values()}
-    reader = open_reader(paths["base"], spec.task, spec.data, kinds)
+    if reads_images(spec.task):
+        reader: Reader | PixelReader = open_pixels(paths["base"], spec.task, scratch)
+    else:
+        reader = open_reader(paths["base"], spec.task, spec.data, kinds)
     ingested = {
         name: ingest(readable, layout, scratch / name)
         for name, (readable, layout) in opened.items()
     }
     splits = sort_splits(spec, ingested)
-    tokens = {name: tokenize(split, reader) for name, split in splits.items()}
+    tokens = {name: read(split, reader) for name, split in splits.items()}
     if spec.data.test_rows is not None:
         tokens["test"] = sample(splits["test"], tokens["test"], spec.data.test_rows)
     labels = None
@@ -111,6 +115,11 @@ def sort_splits(spec: PrepareSpec, ingested: dict[str, Ingested]) -> dict[str, S
 
 def whole(name: str, ingested: Ingested) -> Split:
     return Split(name, ingested, np.ones(len(ingested), bool), ingested.refused)
+
+
+def read(split: Split, reader: Reader | PixelReader) -> Tokenized:
+    """What the base reads of a split's rows."""
+    return reader.read(split) if isinstance(reader, PixelReader) else tokenize(split, reader)
 
 
 def tokenize(split: Split, reader: Reader) -> Tokenized:
@@ -185,7 +194,7 @@ def write(
     out: Path,
     splits: dict[str, Split],
     tokens: dict[str, Tokenized],
-    reader: Reader,
+    reader: Reader | PixelReader,
     labels: dict[str, int] | None,
 ) -> dict[str, Any]:
     """Write the entry's files; returns its facts."""
@@ -202,7 +211,7 @@ def write(
     report = DataReport(
         task=spec.task,
         template=reader.template,
-        max_length=spec.data.max_length,
+        max_length=reader.max_length,
         splits={name: split_report(split, tokens[name]) for name, split in splits.items()},
         labels=labels or {},
     )

@@ -69,7 +69,7 @@ class Tokenized:
     def keep(self, chosen: NDArray[np.bool_]) -> Tokenized:
         """Of the token rows only those of a mask."""
         spans_N2 = None if self.spans_N2 is None else self.spans_N2[chosen]
-        rows, truncated = take(self.rows, chosen), self.truncated[chosen]
+        rows, truncated = self.rows.take(chosen), self.truncated[chosen]
         return replace(self, rows=rows, truncated=truncated, spans_N2=spans_N2)
 
 
@@ -315,17 +315,3 @@ class Gathered:
 
 def joined(parts: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, dtype)
-
-
-def take(rows: TokenRows, chosen: NDArray[np.bool_]) -> TokenRows:
-    """The rows of a mask."""
-    tokens = np.repeat(chosen, rows.lengths)
-    return TokenRows(
-        input_ids=rows.input_ids[tokens],
-        offsets=np.concatenate([[0], np.cumsum(rows.lengths[chosen])]).astype(np.int64),
-        source_rows=rows.source_rows[chosen],
-        loss_mask=None if rows.loss_mask is None else rows.loss_mask[tokens],
-        answer_start=None if rows.answer_start is None else rows.answer_start[chosen],
-        token_labels=None if rows.token_labels is None else rows.token_labels[tokens],
-        token_chars=None if rows.token_chars is None else rows.token_chars[tokens],
-    )

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tasks.core.tokens import TokenRows
 
 
 @dataclass(frozen=True)
 class Asked:
-    """text: what a user of the version would send. tokens: of the whole row.
+    """text: what a user of the version would send; of an image its file. tokens: of the whole row,
+    a list of ids; of an image its pixel values, float32 [C, H, W].
 
     prompt: the tokens before the answer, or all of them for a classifier.
     """
 
-    text: str
-    tokens: list[int]
-    prompt: list[int]
+    text: str | bytes
+    tokens: Any
+    prompt: Any
 
 
 def held_out_rows(prepared: Path, count: int) -> list[Asked]:
@@ -35,6 +38,10 @@ def held_out_rows(prepared: Path, count: int) -> list[Asked]:
     }
     asked = []
     for index, number in enumerate(wanted):
+        if rows.pixels is not None:
+            [pixels_CHW] = rows.images(np.array([index]))
+            asked.append(Asked(found[number]["image"], pixels_CHW, pixels_CHW))
+            continue
         tokens = rows.row(index).tolist()
         end = len(tokens) if rows.answer_start is None else int(rows.answer_start[index])
         asked.append(Asked(question(found[number]), tokens, tokens[:end]))

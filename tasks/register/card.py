@@ -7,7 +7,7 @@ from typing import Any
 from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
-from schemas.tasks import is_labelled
+from schemas.tasks import TASKS, is_labelled, reads_images
 from tasks.core.shots import EXAMPLES
 
 #: Figures of the table, in its order; those that a report does not have are left out.
@@ -24,11 +24,16 @@ UNITS = {
 }
 
 
-#: What a classifier does with a text of another kind.
+#: What a classifier does with a row of another kind.
 GIVES = {
     "sequence-classification": "one of them to any text",
     "token-classification": "spans of them in any text, as JSON with their characters",
+    "image-classification": "one of them to any image",
 }
+
+
+#: What a version was not measured on.
+UNTRIED = {"text": "other text was", "image": "other images were"}
 
 
 def model_card(
@@ -37,7 +42,7 @@ def model_card(
     data: DataReport,
     manifests: dict[str, Manifest],
     serving: dict[str, Any],
-    example: list[str],
+    example: list[Any],
 ) -> str:
     """The card as Markdown: what it is, from what, how good, its limits, how to load it."""
     sections = [
@@ -116,11 +121,14 @@ def limits(
     serving: dict[str, Any],
     finished: Manifest,
 ) -> str:
+    reads = TASKS[spec.task].reads
     lines = [
         f"- Measured on {report.accuracy.rows:,} held-out rows of the same source as the training "
-        "rows; other text was not tried.",
+        f"rows; {UNTRIED[reads]} not tried.",
     ]
-    if finished.format != "prompt":
+    if reads == "image":
+        lines.append(f"- An image becomes {data.max_length} tokens, whatever its size.")
+    elif finished.format != "prompt":
         lines.append(f"- Trained on rows of at most {data.max_length} tokens.")
     elif f"model/{EXAMPLES}" in finished.files:
         lines.append(
@@ -135,24 +143,23 @@ def limits(
         if data.template == "chat":
             lines.append("- A prompt is shown to the model through its chat template.")
     else:
-        lines.append(
-            f"- It knows only its own labels, and gives {GIVES[spec.task]}; "
-            f"a text is cut at {data.max_length} tokens."
-        )
+        cut = f"; a text is cut at {data.max_length} tokens" if reads == "text" else ""
+        lines.append(f"- It knows only its own labels, and gives {GIVES[spec.task]}{cut}.")
     if serving["base"]:
         made = "measured" if finished.format == "prompt" else "trained"
         lines.append(f"- It runs on exactly the base that it was {made} on: hashes are checked.")
     return "\n".join(lines)
 
 
-def loading(spec: RegisterSpec, example: list[str]) -> str:
+def loading(spec: RegisterSpec, example: list[Any]) -> str:
     params = ', params={"max_new_tokens": 64}' if not is_labelled(spec.task) else ""
+    asked = '[open("image.png", "rb").read()]' if reads_images(spec.task) else repr(example[:1])
     return (
         "```python\n"
         "import mlflow\n\n"
         "# With MLFLOW_TRACKING_URI set to the registry that holds this version:\n"
         f'model = mlflow.pyfunc.load_model("models:/{spec.name}@champion")\n'
-        f"print(model.predict({example[:1]!r}{params}))\n"
+        f"print(model.predict({asked}{params}))\n"
         "```\n\n"
         "It needs the packages of its `requirements.txt` and not the project that made it."
     )

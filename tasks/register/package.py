@@ -1,6 +1,6 @@
 """What a registered version carries: one directory that says all there is to say of a model.
 
-model/           the whole model with its tokenizer, the adapter, or the examples of a prompt
+model/           the whole model with its tokenizer, its adapters, or the examples of a prompt
 tokenizer/       beside an adapter or a prompt: the tokenizer of its base
 serving.json     how it is to be asked (`served_model.py` reads it)
 report.html      the run's report: every candidate beside the base, plots, examples, the data
@@ -8,6 +8,8 @@ criteria.json    the five criteria, measured on this very model
 data_report.json what became of the rows
 manifest.json    hashes of data, base and files; git state; library versions
 README.md        the model card
+pictures.py      of a model of images: how a file becomes pixels
+examples.py      of a prompt with examples: which of them stand before a question
 """
 
 from __future__ import annotations
@@ -22,16 +24,19 @@ from typing import Any
 from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
-from schemas.tasks import is_labelled
-from tasks.core import quantised
+from schemas.tasks import is_labelled, reads_images
+from tasks.core import pictures, quantised
+from tasks.core.adapters import is_adapter
 from tasks.core.bases import base_files, tokenizer_files
 from tasks.core.files import sha256_file, sha256_json
 from tasks.core.models import load_config, load_tokenizer, read_labels
-from tasks.core.shots import is_prompt
+from tasks.core.shots import EXAMPLES, is_prompt
 from tasks.core.store import read_manifest
 from tasks.core.tokens import TokenRows
 from tasks.register.asked import held_out_rows
 from tasks.register.card import model_card
+
+HERE = Path(__file__).parent
 
 #: Held-out rows that stand in a version as an example of its input.
 EXAMPLE_ROWS = 2
@@ -53,7 +58,7 @@ class Package:
     report: CriteriaReport
     serving: dict[str, Any]
     card: str
-    example: list[str]
+    example: list[str] | list[bytes]
     requirements: list[str]
 
 
@@ -65,8 +70,8 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
     shutil.copytree(finished, directory / "model", copy_function=link_or_copy)
     report = CriteriaReport.model_validate_json((paths["evaluated"] / "criteria.json").read_bytes())
     data = DataReport.model_validate_json((paths["prepared"] / "data_report.json").read_bytes())
-    is_adapter = (finished / "adapter_config.json").exists()
-    base = describe_base(spec, paths["base"]) if is_adapter or is_prompt(finished) else None
+    has_peft = is_adapter(finished)
+    base = describe_base(spec, paths["base"]) if has_peft or is_prompt(finished) else None
     if base is not None:
         (directory / "tokenizer").mkdir()
         for path in tokenizer_files(paths["base"]):
@@ -82,7 +87,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         "base": base,
     }
     manifests = lineage(paths)
-    example = [row.text for row in held_out_rows(paths["prepared"], EXAMPLE_ROWS)]
+    example: Any = [row.text for row in held_out_rows(paths["prepared"], EXAMPLE_ROWS)]
     card = model_card(spec, report, data, manifests, serving, example)
     write_json(directory / "serving.json", serving)
     write_json(
@@ -93,6 +98,10 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
     shutil.copyfile(paths["evaluated"] / "criteria.json", directory / "criteria.json")
     shutil.copyfile(paths["prepared"] / "data_report.json", directory / "data_report.json")
     (directory / "README.md").write_text(card)
+    if reads_images(spec.task):
+        shutil.copyfile(pictures.__file__, directory / "pictures.py")
+    if (finished / EXAMPLES).exists():
+        shutil.copyfile(HERE / "served_examples.py", directory / "examples.py")
     return Package(
         directory=directory,
         key=key_of_version(spec, manifests),
@@ -101,7 +110,9 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         serving=serving,
         card=card,
         example=example,
-        requirements=requirements(is_adapter, quantised.read(finished) is not None),
+        requirements=requirements(
+            has_peft, quantised.read(finished) is not None, reads_images(spec.task)
+        ),
     )
 
 
@@ -157,7 +168,7 @@ def stop_ids(spec: RegisterSpec, paths: Paths) -> list[int]:
     return sorted(found)
 
 
-def requirements(is_adapter: bool, is_quantised: bool = False) -> list[str]:
+def requirements(has_peft: bool, is_quantised: bool = False, has_images: bool = False) -> list[str]:
     """What the version needs to be loaded and asked, pinned; MLflow adds itself.
 
     A local version label (`+cpu`, `+cu128`) names a build, not a release, and is left off.
@@ -165,8 +176,10 @@ def requirements(is_adapter: bool, is_quantised: bool = False) -> list[str]:
     from importlib import metadata
 
     names = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "mlflow"]
-    if is_adapter:
+    if has_peft:
         names += ["peft", "accelerate"]
+    if has_images:
+        names.append("pillow")
     if is_quantised:
         names.append("bitsandbytes")
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]

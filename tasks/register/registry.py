@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.errors import RetryableError, StageError, UserError
 from schemas.report import CriteriaReport
-from schemas.tasks import is_labelled
+from schemas.tasks import is_labelled, reads_images
 from tasks.core.files import sha256_json
 
 if TYPE_CHECKING:
@@ -204,11 +204,12 @@ def logged_model(client: MlflowClient, experiment_id: str, run_id: str, package:
 
 
 def signature(task: str, max_new_tokens: int) -> Any:
-    """One unnamed column of text in, so that a list and a one-column frame both fit."""
+    """One unnamed column in, so that a list and a one-column frame both fit: texts, or the bytes
+    of images."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    inputs = Schema([ColSpec("string")])
+    inputs = Schema([ColSpec("binary" if reads_images(task) else "string")])
     if not is_labelled(task):
         params = ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)])
         return ModelSignature(inputs, Schema([ColSpec("string", "completion")]), params)

@@ -1,13 +1,14 @@
 """The code of a registered model: MLflow runs this file, alone, wherever the version is loaded.
 
-It imports nothing of this project. Beside it, as the artifact `package`, lie the weights (or an
-adapter, or the examples of a prompt, with the content hash of the base), the tokenizer, and
+It imports nothing of this project. Beside it, as the artifact `package`, lie the weights (or
+adapters, or the examples of a prompt, with the content hash of the base), the tokenizer, and
 `serving.json`, which says what training used: the task, the template, the dtype, the tokens that
 end an answer.
 
 A language model answers prompts: plain text, or, with a chat template, a conversation as a JSON
 list of `{"role": …, "content": …}`. A classifier gives each text its label and that label's
-probability, or, where tokens have labels, the spans that it finds, as a JSON list.
+probability, or, where tokens have labels, the spans that it finds, as a JSON list. Images come as
+the bytes of a file (PNG, JPEG, …), in JSON as base64; a path is not read.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import mlflow
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
-from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -42,6 +43,7 @@ MODEL_CLASSES = {
     "seq2seq": AutoModelForSeq2SeqLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
 }
 
 #: Rows that go through the model together. More is no faster on a CPU and costs memory.
@@ -51,21 +53,26 @@ BATCH_ROWS = 16
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """What `mlflow.pyfunc.load_model(...).predict(rows, params)` calls."""
 
-    examples: Examples | None = None
+    examples: Any = None
+    processor: Any = None
 
     def load_context(self, context: Any) -> None:
         package = Path(context.artifacts["package"])
         self.serving: dict[str, Any] = json.loads((package / "serving.json").read_text())
         whole = self.serving["base"] is None
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            package / ("model" if whole else "tokenizer")
-        )
+        reader = package / ("model" if whole else "tokenizer")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(package, self.serving).to(self.device).eval()
-        self.pad_id = pad_id_of(self.model, self.tokenizer)
+        if (package / "pictures.py").exists():
+            self.pictures = import_file(package / "pictures.py")
+            # On Pillow, as in training: torchvision, where it is installed, resizes otherwise.
+            self.processor = AutoImageProcessor.from_pretrained(reader, backend="pil")
+        else:
+            self.tokenizer = AutoTokenizer.from_pretrained(reader)
+            self.pad_id = pad_id_of(self.model, self.tokenizer)
         self.batch_rows = batch_rows(self.model)
         if (package / "model" / "examples.safetensors").exists():
-            self.examples = Examples(package / "model")
+            self.examples = import_file(package / "examples.py").Examples(package / "model")
 
     @property
     def writes(self) -> bool:
@@ -75,7 +82,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     @property
     def encodes(self) -> bool:
         """Whether an encoder reads a prompt, and a decoder beside it writes the answer."""
-        return self.serving["task"] == "seq2seq"
+        return bool(self.serving["task"] == "seq2seq")
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -85,7 +92,10 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         model_input: MLflow makes a frame of a list, too; the first column counts.
         params: max_new_tokens, for a language model.
         """
-        rows = [str(row) for row in model_input.iloc[:, 0]]
+        rows = list(model_input.iloc[:, 0])
+        if self.processor is not None:
+            return self.classify(rows)
+        rows = [str(row) for row in rows]
         if self.writes:
             longest = int((params or {}).get("max_new_tokens", self.serving["max_new_tokens"]))
             return pd.DataFrame({"completion": self.complete(rows, longest)})
@@ -93,8 +103,11 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return pd.DataFrame({"spans": self.mark(rows)})
         return self.classify(rows)
 
-    def encode(self, row: str) -> list[int]:
-        """The tokens of a prompt or a text, as in training."""
+    def encode(self, row: Any) -> Any:
+        """The tokens of a prompt or a text, or the pixels of an image, as in training."""
+        if self.processor is not None:
+            image = self.pictures.decode(self.pictures.sent(row))
+            return self.processor(image, return_tensors="np")["pixel_values"][0]
         if self.serving["template"] == "chat":
             text = self.tokenizer.apply_chat_template(
                 conversation(row), tokenize=False, add_generation_prompt=True
@@ -119,8 +132,9 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return_offsets_mapping=True,
         )
 
-    def ask(self, row: str, max_new_tokens: int) -> list[int]:
-        """The tokens that the model reads: those of a prompt, behind its examples if it has any."""
+    def ask(self, row: Any, max_new_tokens: int) -> Any:
+        """What the model reads: the tokens of a prompt, behind its examples if it has any, or those
+        of a text, or pixels."""
         prompt = self.encode(row)
         if self.examples is None:
             return prompt
@@ -157,8 +171,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def ends(self, token: int) -> bool:
         return token in self.serving["stop_ids"]
 
-    def classify(self, rows: list[str]) -> pd.DataFrame:
-        """The most probable label of each text, and its probability."""
+    def classify(self, rows: list[Any]) -> pd.DataFrame:
+        """The most probable label of each text or image, and its probability."""
         names = self.model.config.id2label
         logits_NC = self.logits([self.encode(row) for row in rows])
         scores_NC = torch.stack(logits_NC).softmax(dim=-1) if rows else torch.zeros(0, len(names))
@@ -190,16 +204,13 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return found
 
     @torch.inference_mode()
-    def logits(
-        self, rows: list[list[int]], targets: list[list[int]] | None = None
-    ) -> list[torch.Tensor]:
-        """The logits of each row of tokens, float32: [T, vocabulary], [classes], or
+    def logits(self, rows: list[Any], targets: list[list[int]] | None = None) -> list[torch.Tensor]:
+        """The logits of each row of tokens (or pixels), float32: [T, vocabulary], [classes], or
         [T, classes]; of a decoder beside an encoder, those of each target.
 
         targets: what it is to say, of which it reads all but the last behind its start token.
         """
         if targets is not None:
-            pairs = zip(rows, targets, strict=True)
             pairs = (
                 (torch.tensor([row], device=self.device), torch.tensor([said], device=self.device))
                 for row, said in zip(rows, targets, strict=True)
@@ -214,13 +225,21 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             ]
         found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         for batch in batches(rows, self.batch_rows):
-            inputs = padded([rows[row] for row in batch], self.pad_id, left=False)
-            ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
-            logits_BC = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits.float().cpu()
+            inputs = self.inputs([rows[row] for row in batch])
+            logits_BC = self.model(**inputs).logits.float().cpu()
             for row, logits_C in zip(batch, logits_BC, strict=True):
                 # Where every token has some, those of the padding are left out.
                 found[row] = logits_C if logits_C.ndim == 1 else logits_C[: len(rows[row])]
         return found
+
+    def inputs(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        """What a classifier is called with for some rows."""
+        if self.processor is not None:
+            return {"pixel_values": torch.from_numpy(np.stack(rows)).to(self.device)}
+        ids_BT, mask_BT = (
+            tensor.to(self.device) for tensor in padded(rows, self.pad_id, left=False)
+        )
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
 
 def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
@@ -256,99 +275,58 @@ def spans_of(
     return found
 
 
-class Examples:
-    """The train rows that stand in front of a prompt.
-
-    Which ones, and in which order, are the rules of `tasks/core/shots.py` in the project that made
-    this version: by BM25 over token ids (Robertson & Zaragoza 2009, doi:10.1561/1500000019), or
-    always the same; the nearest last, and as many as there is room for.
-    """
-
-    K1, B = 1.2, 0.75
-
-    def __init__(self, directory: Path) -> None:
-        settings = json.loads((directory / "prompt.json").read_text())
-        self.count, self.bos = settings["examples"], settings["bos"]
-        rows = load_file(directory / "examples.safetensors")
-        self.rows = np.split(rows["input_ids"], rows["offsets"][1:-1])
-        self.by_similarity = settings["choose"] == "similarity"
-        if self.by_similarity:
-            ends = rows["answer_start"].tolist()
-            self.index([row[:end] for row, end in zip(self.rows, ends, strict=True)])
-
-    def ask(self, prompt: list[int], room: int | None) -> list[int]:
-        """The prompt behind as many examples as `room` tokens hold of all; None: no limit."""
-        chosen = self.nearest(prompt)
-        while chosen:
-            first, *others = (self.rows[row].tolist() for row in chosen)
-            # The first row alone keeps its BOS.
-            later = (part[1:] if part[:1] == [self.bos] else part for part in (*others, prompt))
-            tokens: list[int] = sum(later, first)
-            if room is None or len(tokens) <= room:
-                return tokens
-            chosen = chosen[1:]
-        return prompt
-
-    def nearest(self, prompt: list[int]) -> list[int]:
-        """The rows that belong to a prompt, the most similar last."""
-        if not self.by_similarity:
-            return list(range(len(self.rows)))[::-1]
-        order: list[int] = np.argsort(-self.scores(prompt), kind="stable").tolist()
-        return order[: self.count][::-1]
-
-    def index(self, prompts: list[NDArray[np.int32]]) -> None:
-        """What each of a prompt's tokens adds to the score of each row that has it."""
-        count = len(prompts)
-        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.float64)
-        pairs = np.concatenate(prompts).astype(np.int64) * count
-        pairs += np.repeat(np.arange(count), lengths.astype(np.int64))
-        pairs, times = np.unique(pairs, return_counts=True)
-        tokens, starts, having = np.unique(pairs // count, return_index=True, return_counts=True)
-        self.having = pairs % count
-        self.places = {
-            token: slice(start, start + rows)
-            for token, start, rows in zip(tokens.tolist(), starts, having, strict=True)
-        }
-        rarity = np.log(1 + (count - having + 0.5) / (having + 0.5))
-        discount = self.K1 * (1 - self.B + self.B * lengths / max(1.0, lengths.mean()))
-        saturated = times * (self.K1 + 1) / (times + discount[self.having])
-        self.weights = np.repeat(rarity, having) * saturated
-
-    def scores(self, prompt: list[int]) -> NDArray[np.float64]:
-        found = np.zeros(len(self.rows))
-        for token in sorted(set(prompt)):
-            place = self.places.get(token, slice(0, 0))
-            found[self.having[place]] += self.weights[place]
-        return found
-
-
 def load_model(package: Path, serving: dict[str, Any]) -> Any:
     """The whole model, or the adapter on the base that it was trained on and no other."""
     load = MODEL_CLASSES[serving["task"]].from_pretrained
     options: dict[str, Any] = {"dtype": getattr(torch, serving["dtype"]), "use_safetensors": True}
     if serving["base"] is None:
         return load(package / "model", local_files_only=True, **options)
-    if (package / "model" / "tuner.py").exists():
-        import_tuner(package / "model" / "tuner.py")
     if serving["labels"] is not None:
         options["id2label"] = dict(enumerate(serving["labels"]))
         options["label2id"] = {label: at for at, label in enumerate(serving["labels"])}
         options["num_labels"] = len(serving["labels"])
         options["ignore_mismatched_sizes"] = True
-    quantisation = package / "model" / "quantisation.json"
-    if quantisation.exists():
-        options |= quantised(json.loads(quantisation.read_text()), options["dtype"])
+    adapters = adapters_in(package / "model")
+    quantisation = [path for path in adapters if (path / "quantisation.json").exists()]
+    for path in quantisation:
+        how = json.loads((path / "quantisation.json").read_text())
+        options |= quantised(how, options["dtype"])
     base = load(find_base(serving["base"]), local_files_only=True, **options)
     if (package / "model" / "prompt.json").exists():
         return base
-    if quantisation.exists():
+    if quantisation:
         keep_as_loaded(base)
-    from peft import PeftModel
+    return with_adapters(base, adapters)
 
-    with warnings.catch_warnings():
-        # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(base, package / "model")
+
+def adapters_in(directory: Path) -> list[Path]:
+    """The adapter, those of several methods in the order in which they are put on, or none."""
+    if (directory / "adapter_config.json").exists():
+        return [directory]
+    return sorted(path.parent for path in directory.glob("*/adapter_config.json"))
+
+
+def with_adapters(model: Any, adapters: list[Path]) -> Any:
+    """The base with each adapter around what the one before has left of it."""
+    from peft import PeftModel
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+
+    for path in adapters:
+        if (path / "tuner.py").exists():
+            import_tuner(path / "tuner.py")
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+            # PEFT leaves its configuration here, and would take the next one for more of it.
+            vars(model).pop("peft_config", None)
+        with warnings.catch_warnings():
+            # PEFT only warns of an adapter that lacks tensors, and goes on with random ones.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, path)
+    for module in model.modules():
+        if isinstance(module, LNTuningLayer):
+            # With each further adapter PEFT makes float32 of norms that were learned.
+            module.ln_tuning_layers.to(next(module.base_layer.parameters()).dtype)
+    return model
 
 
 def quantised(how: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -381,10 +359,17 @@ def keep_as_loaded(model: Any) -> None:
 def import_tuner(path: Path) -> None:
     """Run the file of a tuner that PEFT lacks, which makes it known to PEFT. What is loaded next
     gets the tuner of its own version, whatever other versions this process has loaded."""
-    name = f"peftflow_tuner_{sha256_file(path)[:12]}"
+    name, before = module_name(path), set(sys.modules)
+    tuner = import_file(path)
+    if name in before:
+        tuner.register()
+
+
+def import_file(path: Path) -> Any:
+    """A module that travels with the version. Another version's file is another module."""
+    name = module_name(path)
     if name in sys.modules:
-        sys.modules[name].register()
-        return
+        return sys.modules[name]
     found: Any = importlib.util.spec_from_file_location(name, path)
     # Before it runs: dataclasses look their module up by name.
     sys.modules[name] = importlib.util.module_from_spec(found)
@@ -393,9 +378,14 @@ def import_tuner(path: Path) -> None:
     except Exception as error:
         del sys.modules[name]
         raise RuntimeError(
-            f"{path} cannot be run with the PEFT that is installed ({error}); install the "
+            f"{path} cannot be run with the packages that are installed ({error}); install the "
             "version's own requirements"
         ) from error
+    return sys.modules[name]
+
+
+def module_name(path: Path) -> str:
+    return f"peftflow_{path.stem}_{sha256_file(path)[:12]}"
 
 
 def find_base(base: dict[str, Any]) -> Path:

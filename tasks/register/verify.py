@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from schemas.errors import StageError
-from schemas.tasks import is_encoder_decoder, is_packable
+from schemas.tasks import is_encoder_decoder, is_packable, reads_images
 from tasks.core.models import load_config, load_trained
 from tasks.core.shots import Shots, room_of
 from tasks.register.asked import Asked, held_out_rows
+from tasks.register.reload import in_json, read_rows, write_rows
 
 #: Held-out rows that are compared.
 ROWS = 8
@@ -55,13 +56,15 @@ def reload(
     """
     scratch.mkdir(parents=True, exist_ok=True)
     rows = asked_rows(paths, serving)
-    request, answer = scratch / "rows.json", scratch / "answer"
-    told = {
-        "rows": [[row.tokens, len(row.prompt), row.text] for row in rows],
-        "has_encoder": is_encoder_decoder(serving["task"]),
-    }
-    request.write_text(json.dumps(told))
-    answer.mkdir(exist_ok=True)
+    request, answer = scratch / "request", scratch / "answer"
+    for directory in (request, answer):
+        directory.mkdir(exist_ok=True)
+    (request / "asked.json").write_text(json.dumps([in_json(row.text) for row in rows]))
+    write_rows([row.tokens for row in rows], request)
+    # Where a row's source ends, if it is two.
+    pairs = is_encoder_decoder(serving["task"])
+    ends = [len(row.prompt) if pairs else None for row in rows]
+    (request / "ends.json").write_text(json.dumps(ends))
     # -P: a directory named `tasks` where the user stands must not be taken for ours.
     command = [
         sys.executable,
@@ -93,11 +96,13 @@ def reload(
     if child.returncode != 0:
         raise StageError(f"{model_uri} cannot be loaded back:\n{log.read_text()[-2000:]}")
     got = load_file(answer / "logits.safetensors")
-    asked = json.loads((answer / "asked.json").read_text())
+    asked = read_rows(answer)
     return Reloaded(
         difference=max(difference(one, got[str(index)]) for index, one in enumerate(expected)),
         rows=len(rows),
-        asked_alike=sum(row.prompt == tokens for row, tokens in zip(rows, asked, strict=True)),
+        asked_alike=sum(
+            np.array_equal(row.prompt, tokens) for row, tokens in zip(rows, asked, strict=True)
+        ),
     )
 
 
@@ -146,7 +151,8 @@ def expected_logits(
 def whole(row: Asked, task: str) -> dict[str, torch.Tensor]:
     """All of a row as its model takes it: a decoder beside an encoder shifts its labels itself."""
     if not is_encoder_decoder(task):
-        return {"input_ids": torch.tensor([row.tokens])}
+        name = "pixel_values" if reads_images(task) else "input_ids"
+        return {name: torch.as_tensor(row.tokens)[None]}
     end = len(row.prompt)
     source, target = row.tokens[:end], row.tokens[end:]
     return {"input_ids": torch.tensor([source]), "labels": torch.tensor([target])}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schemas.report import Trial
+from schemas.report import Interval, Trial
 from schemas.stages import PageSpec
 from tasks.core.apart import SIGNIFICANCE, best_of, told_apart
 from tasks.report.figures import Scale, figure, in_words, scale
 from tasks.report.inputs import Inputs
 
-#: A ratio of latencies that is no accident.
-NOISE = 1.2
+#: From such a ratio of latencies on a candidate is called slower.
+NOTICED = 1.05
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,13 @@ def recommendation(spec: PageSpec, inputs: Inputs) -> list[str]:
     if chosen != best:
         gap = points(name, abs(values[best].value - values[chosen].value))
         said.append(f"{chosen} is within {gap} of the best, {best}.")
-    figures = {label: inputs.reports[label].figures() for label in comparison.candidates}
-    largest = max(figures, key=lambda label: figures[label]["shipped_bytes"])
-    own, most = figures[chosen]["shipped_bytes"], figures[largest]["shipped_bytes"]
+    reports = {label: inputs.reports[label] for label in comparison.candidates}
+    bytes_of = {label: report.storage.shipped_bytes for label, report in reports.items()}
+    largest = max(bytes_of, key=lambda label: bytes_of[label])
+    own, most = bytes_of[chosen], bytes_of[largest]
     if own and most / own >= 2:
         said.append(f"It ships 1/{most / own:,.0f} of what {largest} does.")
-    said += _slower(chosen, figures)
+    said += _slower(chosen, {label: report.intervals() for label, report in reports.items()})
     tests = told_apart(comparison, best, [label for label in values if label != best])
     equal = [test.label for test in tests if not test.apart]
     if equal:
@@ -116,23 +117,25 @@ def recommendation(spec: PageSpec, inputs: Inputs) -> list[str]:
     return said
 
 
-def _slower(chosen: str, figures: dict[str, dict[str, float]]) -> list[str]:
-    """Those that answer more slowly than the selected one as it is served, by more than what
-    medians of one model differ by on a machine that is shared."""
+def _slower(chosen: str, intervals: dict[str, dict[str, Interval]]) -> list[str]:
+    """Those that answer more slowly than the selected one as it is served: the intervals of their
+    ratios to the base do not meet, and they differ by as much as anyone would notice."""
 
-    def overhead(label: str) -> float | None:
+    def overhead(label: str) -> Interval | None:
         names = (
             f"{kind}_ratio_b1{how}" for kind in ("token", "prefill") for how in ("_merged", "")
         )
-        return next((figures[label][name] for name in names if name in figures[label]), None)
+        return next((intervals[label][name] for name in names if name in intervals[label]), None)
 
     own = overhead(chosen)
     if own is None:
         return []
     slower = {
-        label: ratio / own - 1
-        for label in figures
-        if (ratio := overhead(label)) is not None and ratio / own >= NOISE
+        label: ratio.value / own.value - 1
+        for label in intervals
+        if (ratio := overhead(label)) is not None
+        and ratio.low > own.high
+        and ratio.value >= NOTICED * own.value
     }
     if not slower:
         return []

@@ -89,8 +89,8 @@ def _row(
         if subject not in values:
             cells.append(None)
             continue
-        metric = report.accuracy.metrics.get(name)
-        interval = f"{written.text(metric.low)} – {written.text(metric.high)}" if metric else None
+        within = report.intervals().get(name)
+        interval = f"{written.text(within.low)} – {written.text(within.high)}" if within else None
         cells.append(Cell(values[subject], texts[subject], interval, marks.get(subject)))
     names = " ".join([name, *(other for other, same in SAME.items() if same == name)])
     return Row(names, kind.title, written.unit, kind.better, cells)

@@ -9,7 +9,7 @@ import polars as pl
 
 from schemas.report import DataReport, SplitReport
 from schemas.rows import REASONS
-from schemas.tasks import TASKS
+from schemas.tasks import TASKS, reads_images
 from tasks.report.examples import clipped
 
 #: Refused rows that are shown: one of each split and reason, no more than this in all.
@@ -89,6 +89,13 @@ def labels(data: DataReport) -> Labels | None:
     rows = sorted(data.labels.items(), key=lambda item: (-item[1], item[0]))
     what = "spans" if TASKS[data.task].labels == "token" else "rows"
     return Labels(len(rows), rows[-1][1], rows[0][1], rows, what)
+
+
+def row_words(data: DataReport) -> str:
+    """What the base reads of a row, in words."""
+    if reads_images(data.task):
+        return f"The base makes {data.max_length:,} tokens of every image"
+    return f"Template: {data.template}; at most {data.max_length:,} tokens a row"
 
 
 def span_counts(data: DataReport) -> list[str]:

@@ -29,12 +29,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Card:
-    """One held-out row. base: the untouched base's answer to it, where that is known."""
+    """One held-out row. base: the untouched base's answer to it, where that is known. image: a data
+    URI."""
 
     prompt: str
     expected: list[Span]
     got: list[Span]
     base: str | None
+    image: str | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def _card(example: Example, base: str | None) -> Card:
         expected=expected,
         got=got,
         base=None if base is None else clipped(base),
+        image=example.image,
     )
 
 

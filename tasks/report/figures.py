@@ -77,6 +77,7 @@ _KNOWN = [
     Figure("base_generate_peak_mib", "memory", "The base’s peak, answering", MIB, None),
     Figure("forward_flops_per_token", "computation", "Forward, a token", FLOP, "lower"),
     Figure("backward_flops_per_token", "computation", "Backward, a token", FLOP, "lower"),
+    Figure("train_flops_per_token", "computation", "A trained token, as trained", FLOP, "lower"),
     Figure("flops_ratio_to_full", "computation", "Forward and backward", OF_FULL, "lower", 2),
     Figure("step_time_s", "computation", "Optimiser step", SECONDS, "lower"),
     Figure("step_time_ratio_to_full", "computation", "Optimiser step", OF_FULL, "lower", 2),

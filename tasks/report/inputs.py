@@ -31,6 +31,7 @@ class Inputs:
     reports: `base`, each candidate in the recipe's order, then `finished` where there is one.
     curves: candidate: its training curve.
     costs: candidate: what it was expected to cost; empty where that was not told.
+    larger: candidate: what it would cost on a larger base, which has so many `larger_parameters`.
     manifests: entry name as in `paths` (`prepared`, `train:<label>`…): its manifest.
     quarantine: the refused rows' Parquet file.
     """
@@ -41,6 +42,8 @@ class Inputs:
     reports: dict[str, CriteriaReport]
     curves: dict[str, list[CurvePoint]]
     costs: dict[str, Cost]
+    larger: dict[str, Cost]
+    larger_parameters: int
     manifests: dict[str, Manifest]
 
 
@@ -69,6 +72,7 @@ def read_inputs(spec: PageSpec, paths: dict[str, Path]) -> Inputs:
     comparison = Comparison.model_validate_json(
         (paths["comparison"] / "comparison.json").read_bytes()
     )
+    costs, larger = _costs(paths.get("cost")), _costs(paths.get("larger"))
     reports = {name: _criteria(paths[f"evaluate:{name}"]) for name in subjects}
     for label in spec.labels:
         reports[label] = comparison.over_seeds(label, reports[label])
@@ -78,7 +82,9 @@ def read_inputs(spec: PageSpec, paths: dict[str, Path]) -> Inputs:
         quarantine=paths["prepared"] / "quarantine.parquet",
         reports=reports,
         curves={label: _curve(paths[f"train:{label}"]) for label in spec.labels},
-        costs=_costs(paths.get("cost")),
+        costs=costs.candidates,
+        larger=larger.candidates,
+        larger_parameters=larger.total_parameters,
         manifests={
             name: read_manifest(path) for name, path in paths.items() if (path / MANIFEST).exists()
         },
@@ -89,10 +95,10 @@ def _criteria(entry: Path) -> CriteriaReport:
     return CriteriaReport.model_validate_json((entry / "criteria.json").read_bytes())
 
 
-def _costs(entry: Path | None) -> dict[str, Cost]:
+def _costs(entry: Path | None) -> CostReport:
     if entry is None:
-        return {}
-    return CostReport.model_validate_json((entry / "plan.json").read_bytes()).candidates
+        return CostReport(total_parameters=0, candidates={})
+    return CostReport.model_validate_json((entry / "plan.json").read_bytes())
 
 
 def _curve(entry: Path) -> list[CurvePoint]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 from schemas.report import DataReport, SplitReport
+from schemas.tasks import reads_images
 from tasks.report.plots import COLOURS, Plot, layout
 
 
 def length_plots(data: DataReport) -> list[Plot]:
-    """A histogram for each split that has rows."""
+    """A histogram for each split that has rows. Images have one length, which is told in words."""
+    if reads_images(data.task):
+        return []
     return [_lengths(name, split) for name, split in data.splits.items() if split.rows_kept]
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schemas.report import CriteriaReport, Latency
+from schemas.report import CriteriaReport, Interval, Latency
 from tasks.report.figures import LATENCY, MS, OF_BASE, Figure, Scale, page_order, scale
 from tasks.report.inputs import TITLES, Inputs
 
 
 @dataclass(frozen=True)
 class LatencyCell:
-    """name: the flat name of the figure."""
+    """name: the flat name of the figure. interval: in words, "" where there is none."""
 
     text: str
     value: float
     name: str
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def latency_table(inputs: Inputs) -> list[LatencyGroup]:
 def _cells(report: CriteriaReport, row: Latency, ms: Scale) -> list[LatencyCell]:
     tag = report.tag(row)
     ratio = Scale(1, OF_BASE[0][1], 2)
-    found = [
+    found: list[tuple[Interval | float | None, Scale, str]] = [
         (row.prefill_p50_ms, ms, f"prefill_p50_ms_{tag}"),
         (row.prefill_p95_ms, ms, f"prefill_p95_ms_{tag}"),
         (row.prefill_ratio, ratio, f"prefill_ratio_{tag}"),
@@ -70,11 +71,15 @@ def _cells(report: CriteriaReport, row: Latency, ms: Scale) -> list[LatencyCell]
         (row.token_p95_ms, ms, f"token_p95_ms_{tag}"),
         (row.token_ratio, ratio, f"token_ratio_{tag}"),
     ]
-    return [
-        LatencyCell(written.text(value), value, name)
-        for value, written, name in found
-        if value is not None
-    ]
+    cells = []
+    for value, written, name in found:
+        if isinstance(value, Interval):
+            own = value.low == value.high  # the base beside itself
+            between = "" if own else f"{written.text(value.low)} – {written.text(value.high)}"
+            cells.append(LatencyCell(written.text(value.value), value.value, name, between))
+        elif value is not None:
+            cells.append(LatencyCell(written.text(value), value, name))
+    return cells
 
 
 def overhead_figure(inputs: Inputs) -> str:

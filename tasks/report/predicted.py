@@ -1,20 +1,27 @@
-"""What was predicted of each candidate before it was trained, beside what was measured."""
+"""What was predicted of each candidate: beside what was measured, and for a larger base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from schemas.cost import Cost
 from tasks.report.figures import Scale, figure, scale
 from tasks.report.inputs import Inputs
 
-#: By the name of the measured figure: the predicted one.
-PREDICTED: dict[str, Callable[[Cost], float | None]] = {
+Get = Callable[[Cost], float | None]
+
+#: By the name of the figure: the predicted one.
+PREDICTED: dict[str, Get] = {
     "trainable_parameters": lambda cost: cost.trainable_parameters,
     "train_peak_mib": lambda cost: cost.training_mib["total"] if cost.training_mib else None,
-    "forward_flops_per_token": lambda cost: cost.forward_flops_per_token,
-    "backward_flops_per_token": lambda cost: cost.backward_flops_per_token,
+    "train_flops_per_token": lambda cost: cost.flops_per_token,
+}
+#: Those in which a larger base differs.
+SIZES: dict[str, Get] = {
+    "trainable_share": lambda cost: cost.trainable_share,
+    "adapter_mib": lambda cost: cost.shipped_mib,
+    **{name: PREDICTED[name] for name in ("train_peak_mib", "train_flops_per_token")},
 }
 
 
@@ -29,44 +36,91 @@ class Column:
 
 @dataclass(frozen=True)
 class Pair:
-    """difference: of the prediction from the measurement, in percent of that."""
+    """Two values of a figure, and how they compare."""
 
-    predicted: str
-    measured: str
-    difference: str
+    first: str
+    second: str
+    compared: str
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """rows: label, a pair for each column."""
+class Pairs:
+    """A table. heads: of the three cells of each pair. rows: label, a pair for each column."""
 
+    heads: tuple[str, str, str]
     columns: list[Column]
     rows: list[tuple[str, list[Pair]]]
 
 
-def predicted(inputs: Inputs) -> Predicted | None:
-    """A row for each trained candidate; None where nothing was predicted."""
-    costs = {label: cost for label, cost in inputs.costs.items() if cost.trains}
-    costs = {label: costs[label] for label in inputs.curves if label in costs}
-    if not costs:
+def predicted(inputs: Inputs) -> Pairs | None:
+    """What each trained candidate was expected to cost, and did; None where nothing was told."""
+    costs = trained_costs(inputs, inputs.costs)
+    found = {label: inputs.reports[label].figures() for label in costs}
+    columns = {
+        name: [(get(costs[label]), found[label].get(name)) for label in costs]
+        for name, get in PREDICTED.items()
+    }
+    return pairs(("predicted", "measured", "%"), list(costs), columns, percent)
+
+
+def on_larger(inputs: Inputs) -> Pairs | None:
+    """What each trained candidate would cost here, and on the larger base."""
+    here, there = trained_costs(inputs, inputs.costs), trained_costs(inputs, inputs.larger)
+    labels = [label for label in here if label in there]
+    columns = {
+        name: [(get(here[label]), get(there[label])) for label in labels]
+        for name, get in SIZES.items()
+    }
+    return pairs(("this base", "larger", "×"), labels, columns, times)
+
+
+def trained_costs(inputs: Inputs, costs: dict[str, Cost]) -> dict[str, Cost]:
+    """Those of the page's candidates that are trained, in its order."""
+    known = (label for label in inputs.curves if label in costs)
+    return {label: costs[label] for label in known if costs[label].trains}
+
+
+def pairs(
+    heads: tuple[str, str, str],
+    labels: list[str],
+    columns: dict[str, list[tuple[float | None, float | None]]],
+    compare: Callable[[float, float], str],
+) -> Pairs | None:
+    """The table of figures by name, a pair for each label; None without labels."""
+    if not labels:
         return None
-    columns, cells = [], []
-    for name, of in PREDICTED.items():
-        told = [of(cost) for cost in costs.values()]
-        found = [inputs.reports[label].figures().get(name) for label in costs]
-        kind = figure(name)
-        written = scale(kind, [value for value in [*told, *found] if value is not None])
-        if name == "trainable_parameters":  # exact, so every digit
-            written = Scale(1, "", 0)
-        columns.append(Column(name, kind.title, written.unit))
-        cells.append([pair(written, *both) for both in zip(told, found, strict=True)])
-    return Predicted(columns, list(zip(costs, map(list, zip(*cells, strict=True)), strict=True)))
+    titles, cells = [], []
+    for name, both in columns.items():
+        kind, written = figure(name), written_as(name, [value for pair in both for value in pair])
+        titles.append(Column(name, kind.title, written.unit))
+        cells.append([pair(written, first, second, compare) for first, second in both])
+    return Pairs(heads, titles, list(zip(labels, map(list, zip(*cells, strict=True)), strict=True)))
 
 
-def pair(written: Scale, told: float | None, found: float | None) -> Pair:
-    difference = "–"
-    if told is not None and found:
-        percent = 100 * (told / found - 1)
-        difference = "0" if percent == 0 else f"{percent:+.1f}".replace("-", "−")
-    words = ["–" if value is None else written.text(value) for value in (told, found)]
-    return Pair(words[0], words[1], difference)
+def written_as(name: str, values: Sequence[float | None]) -> Scale:
+    if name == "trainable_parameters":  # exact, so every digit
+        return Scale(1, "", 0)
+    return scale(figure(name), [value for value in values if value is not None])
+
+
+def pair(
+    written: Scale,
+    first: float | None,
+    second: float | None,
+    compare: Callable[[float, float], str],
+) -> Pair:
+    known = first is not None and second is not None
+    one, other = ("–" if value is None else written.text(value) for value in (first, second))
+    return Pair(one, other, compare(first or 0.0, second or 0.0) if known else "–")
+
+
+def percent(told: float, found: float) -> str:
+    """The difference of a prediction from what was measured, in per cent of that."""
+    if not found:
+        return "–"
+    difference = 100 * (told / found - 1)
+    return "0" if difference == 0 else f"{difference:+.1f}".replace("-", "−")
+
+
+def times(here: float, there: float) -> str:
+    return f"{there / here:.1f}" if here else "–"

@@ -17,11 +17,11 @@ from tasks.core.files import write_atomic
 from tasks.report import criteria, data_view, examples, overhead, provenance, summary
 from tasks.report.apart import apart, rates, recommendation
 from tasks.report.curves import loss_plot
-from tasks.report.figures import figure
+from tasks.report.figures import figure, in_words
 from tasks.report.inputs import TITLES, Inputs, read_inputs
 from tasks.report.lengths import length_plots
 from tasks.report.plots import numbers, styles
-from tasks.report.predicted import predicted
+from tasks.report.predicted import on_larger, predicted
 from tasks.report.trade_offs import other_pairs, trade_offs
 
 HERE = Path(__file__).parent
@@ -78,6 +78,7 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         refused=data_view.refused_rows(inputs.quarantine),
         labels=data_view.labels(inputs.data),
         span_counts=data_view.span_counts(inputs.data),
+        row_words=data_view.row_words(inputs.data),
         entries=provenance.entry_rows(inputs.manifests),
         facts=provenance.facts(inputs.manifests),
         recipe=provenance.without_directories(spec.recipe_yaml),
@@ -87,6 +88,8 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         loss=loss,
         lengths=lengths,
         predicted=predicted(inputs),
+        larger=on_larger(inputs),
+        larger_size=in_words("trainable_parameters", inputs.larger_parameters),
         figures={plot.id: plot.spec for plot in drawn},
     )
 

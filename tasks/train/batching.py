@@ -64,6 +64,7 @@ class Batch:
     attention_mask_BL: None where no real token can see padding.
     position_ids_BL: of packed rows, each of which starts at 0.
     row_ends: [rows + 1], from 0: where packed rows begin and end.
+    pixel_values_BCHW: of images, in place of ids, which say no more than how many tokens there are.
     decoder_input_ids_BD: of pairs what the decoder reads (`tasks/train/pairs.py`).
     """
 
@@ -74,7 +75,15 @@ class Batch:
     attention_mask_BL: torch.Tensor | None = None
     position_ids_BL: torch.Tensor | None = None
     row_ends: torch.Tensor | None = None
+    pixel_values_BCHW: torch.Tensor | None = None
     decoder_input_ids_BD: torch.Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a classifier is called with."""
+        if self.pixel_values_BCHW is not None:
+            return {"pixel_values": self.pixel_values_BCHW}
+        return {"input_ids": self.input_ids_BL, "attention_mask": self.attention_mask_BL}
 
     @property
     def positions(self) -> int:
@@ -194,6 +203,8 @@ def collate(rows: TokenRows, index: Rows, task: str, pad_id: int) -> Batch:
     For classification the batch is filled up to a multiple of `ROW_ALIGN` rows with ones that
     do not count.
     """
+    if rows.pixels is not None:
+        return collate_images(rows, index)
     length_B = rows.lengths[index]
     column_L = np.arange(padded_length(int(length_B.max())))
     real_BL = column_L < length_B[:, None]
@@ -218,6 +229,21 @@ def collate(rows: TokenRows, index: Rows, task: str, pad_id: int) -> Batch:
         tokens,
         targets_N=torch.from_numpy(targets.reshape(-1)),
         attention_mask_BL=None if real_BL.all() else torch.from_numpy(real_BL.astype(np.int64)),
+    )
+
+
+def collate_images(rows: TokenRows, index: Rows) -> Batch:
+    """Images and their labels, filled up to a multiple of `ROW_ALIGN` with black ones that do not
+    count. There is no padding: each has the same tokens."""
+    assert rows.labels is not None
+    fill = -len(index) % ROW_ALIGN if len(index) > ROW_ALIGN else 0
+    pixel_values_BCHW = np.pad(rows.images(index), ((0, fill), (0, 0), (0, 0), (0, 0)))
+    tokens = int(rows.lengths[index].sum())
+    return Batch(
+        torch.zeros(len(index) + fill, tokens // len(index), dtype=torch.int64),
+        tokens,
+        targets_N=torch.from_numpy(np.pad(rows.labels[index], (0, fill), constant_values=IGNORED)),
+        pixel_values_BCHW=torch.from_numpy(pixel_values_BCHW),
     )
 
 

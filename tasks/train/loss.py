@@ -111,9 +111,7 @@ def loss_sum(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor
     """The summed loss of one micro-batch, a float32 scalar in nats."""
     assert batch.targets_N is not None
     if batch.predict_N is None:
-        logits = soft.run(
-            model, input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL
-        ).logits
+        logits = soft.run(model, **batch.inputs).logits
         # [rows, classes], or [rows, L, classes] for every token.
         logits_NC = logits.float().flatten(0, -2)
         return F.cross_entropy(logits_NC, batch.targets_N, reduction="sum", ignore_index=IGNORED)

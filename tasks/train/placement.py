@@ -138,6 +138,8 @@ def without_base_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and id(module) not in own:
             module.p = 0.0
+        if type(module).__name__.endswith("DropPath"):  # whole branches of a row, in image models
+            module.drop_prob = 0.0  # type: ignore[assignment]
         for name in DROPOUTS:
             if isinstance(getattr(module, name, None), float) and id(module) not in own:
                 setattr(module, name, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,10 @@ PROBE_TOKENS = 64
 
 
 def probe_rows(rows: TokenRows) -> TokenRows:
-    """Two short rows of the real ones, of different lengths, every token learned."""
+    """Two short rows of the real ones, of different lengths, every token learned; two images."""
+    if rows.pixels is not None:
+        first = rows.take(np.arange(len(rows)) < 2)
+        return replace(first, labels=np.zeros(len(first), dtype=np.int64))
     order = np.argsort(rows.lengths, kind="stable")
     chosen = [rows.row(int(i))[:PROBE_TOKENS] for i in (order[0], order[len(order) // 2])]
     chosen = [np.resize(row, max(2, len(row))) for row in chosen]
@@ -43,15 +48,12 @@ def own_loss(model: nn.Module, rows: TokenRows, task: str, device: torch.device)
     for index in range(len(rows)):
         ids = torch.from_numpy(rows.row(index).astype(np.int64))[None].to(device)
         if is_encoder_decoder(task):
-            assert rows.answer_start is not None
-            source, target = ids.split_with_sizes(
-                [int(rows.answer_start[index]), ids.shape[1] - int(rows.answer_start[index])], 1
-            )
-            # It shifts the labels by itself, as it was pretrained to.
-            logits = model(input_ids=source, labels=target).logits.float()
-            total += float(F.cross_entropy(logits[0], target[0], reduction="sum"))
+            total += own_pair_loss(model, rows, index, ids)
             continue
-        logits = model(input_ids=ids).logits.float()
+        inputs = {"input_ids": ids}
+        if rows.pixels is not None:
+            inputs = {"pixel_values": torch.from_numpy(rows.images(np.array([index]))).to(device)}
+        logits = model(**inputs).logits.float()
         if is_packable(task):
             # PEFT gives logits of the virtual tokens of a prompt too, in front.
             own = logits[0, -ids.shape[1] : -1]
@@ -61,6 +63,15 @@ def own_loss(model: nn.Module, rows: TokenRows, task: str, device: torch.device)
             first_N = torch.zeros(len(logits_NC), dtype=torch.long, device=device)
             total += float(F.cross_entropy(logits_NC, first_N, reduction="sum"))
     return total
+
+
+def own_pair_loss(model: nn.Module, rows: TokenRows, index: int, ids: torch.Tensor) -> float:
+    """That of a source and its target, ids [1, S + D]. The model shifts the target by itself, as
+    it was pretrained to."""
+    assert rows.answer_start is not None
+    end = int(rows.answer_start[index])
+    logits = model(input_ids=ids[:, :end], labels=ids[:, end:]).logits.float()
+    return float(F.cross_entropy(logits[0], ids[0, end:], reduction="sum"))
 
 
 @torch.no_grad()

@@ -14,19 +14,20 @@ import torch
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec, keyed
-from schemas.tasks import is_encoder_decoder, is_labelled, is_packable
+from schemas.tasks import is_encoder_decoder, is_labelled, is_packable, reads_images
 from tasks.core import runtime
 from tasks.core.files import sha256_file, sha256_json, write_atomic
 from tasks.core.models import decoder_start, load_base, read_labels
 from tasks.core.progress import say, warn
 from tasks.core.store import SCRATCH
-from tasks.core.tokens import TokenRows
+from tasks.core.tokens import TokenRows, pixels_file
 from tasks.methods import soft
 from tasks.methods.method import count_parameters, trained
-from tasks.methods.table import method_for
+from tasks.methods.table import method_for, methods_of
 from tasks.train import placement
 from tasks.train.batching import Plan, answer_tokens
 from tasks.train.checkpoint import Checkpoints
+from tasks.train.computed import flops_per_token
 from tasks.train.held import parts_mib
 from tasks.train.loop import Job, make_optimizer, train
 from tasks.train.loss import backbone, unwrapped
@@ -97,7 +98,9 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     # Before saving: a whole model is rounded to its own dtype, a copy that training never holds.
     peak = runtime.peak_mib() - floor
     held = parts_mib(model, weights, optimizer, job, peak)
-    save_model(model, out_dir / "model", paths["base"], spec.dtype, method)
+    flops = flops_per_token(model, job)
+    methods = methods_of(spec.candidate)
+    save_model(model, out_dir / "model", paths["base"], spec.dtype, *methods)
     course.export(out_dir / "model")
     write_atomic(out_dir / "curve.json", json.dumps([p.model_dump() for p in state.curve]))
     return {
@@ -116,6 +119,7 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         "tokens_per_s": state.tokens / state.seconds,
         "train_peak_mib": peak,
         **held,
+        "train_flops_per_token": flops,
         "resumed_from_step": resumed_from,
         "threads": checkpoints.threads,
         **own_facts,
@@ -138,13 +142,14 @@ def read_rows(spec: TrainSpec, prepared: Path) -> tuple[TokenRows, list[str] | N
 def identity(spec: TrainSpec, prepared: Path) -> str:
     """What a checkpoint must agree with. The store's key, of which it is part, adds the base."""
     own = keyed(spec.model_dump(mode="json"), spec.UNKEYED)
-    record = [own, spec.VERSION, sha256_file(prepared / TOKENS)]
+    files = [prepared / TOKENS, pixels_file(prepared / TOKENS)]
+    record = [own, spec.VERSION, *(sha256_file(file) for file in files if file.exists())]
     return sha256_json(record)
 
 
 def pad_token(model: Any) -> int:
     """The id that fills a batch. Nothing ever looks at it, so any will do where there is none."""
-    padding = model.config.pad_token_id
+    padding = getattr(model.config, "pad_token_id", None)
     return 0 if padding is None else int(padding)
 
 
@@ -179,7 +184,8 @@ def prepare_job(
         soft.check_checkpointing(model)
     # Layers with keys and values of more than their own tokens cannot take the padding out.
     whole = packed or soft.is_cache(model)
-    unpadded = fast and not whole and device.type == "cpu" and unpad(backbone(model))
+    padded = not whole and not reads_images(spec.task)
+    unpadded = fast and padded and device.type == "cpu" and unpad(backbone(model))
     job = Job(
         rows=rows,
         answers=answer_tokens(rows, spec.task),

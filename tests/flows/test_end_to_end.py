@@ -32,6 +32,7 @@ STAGES = [
     ("inspect", ""),
     ("prepare", ""),
     ("cost", ""),
+    ("cost", "base x 10"),
     ("train", "lora-r4"),
     ("evaluate", "base"),
     ("evaluate", "lora-r4"),

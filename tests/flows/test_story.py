@@ -160,6 +160,7 @@ def test_the_order_and_what_each_step_reads(place: Path) -> None:
         "inspect",
         "prepare",
         "cost",
+        "cost base x 10",
         "train full",
         "train lora-r2",
         "evaluate base",
@@ -200,7 +201,7 @@ def test_a_learning_rate_changes_training_and_what_follows(place: Path) -> None:
     before = keys(calls(place))
     after = keys(calls(place, train={"learning_rate": 1e-2}))
     # A rate costs nothing.
-    same = {"inspect", "prepare", "cost", "evaluate base"}
+    same = {"inspect", "prepare", "cost", "cost base x 10", "evaluate base"}
     assert set(before) - changed(before, after) == same
 
 
@@ -257,13 +258,13 @@ def test_a_plan_names_what_a_run_makes_and_makes_nothing(place: Path) -> None:
     assert later == ["merge", "evaluate finished", "report", "register"]
     assert not any(first.home.store.iterdir())
     _, hands = told(first)
-    assert [found.key for found in steps] == [key_of(step.call) for step in hands.made[:9]]
+    assert [found.key for found in steps] == [key_of(step.call) for step in hands.made[:10]]
     steps, later = planned(calls(place))
     assert all(found.cached for found in steps)
-    assert (len(steps), later) == (13, [])
+    assert (len(steps), later) == (14, [])
     changes = calls(place, train={"learning_rate": 1e-2})
     cached = {found.step.title for found in planned(changes)[0] if found.cached}
-    assert cached == {"inspect", "prepare", "cost", "evaluate base"}
+    assert cached == {"inspect", "prepare", "cost", "cost base x 10", "evaluate base"}
 
 
 def test_done_means_every_entry_and_the_promotion(place: Path) -> None:
@@ -273,7 +274,7 @@ def test_done_means_every_entry_and_the_promotion(place: Path) -> None:
     done = already_done(calls(place), lambda version: True)
     assert done is not None
     assert done[0].promoted
-    assert len(done[1]) == 13
+    assert len(done[1]) == 14
 
 
 def test_a_damaged_entry_is_not_done(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,9 +429,12 @@ def test_a_failed_candidate_does_not_sink_the_others(place: Path) -> None:
 
 
 def test_a_run_goes_on_without_a_prediction_and_says_so(place: Path) -> None:
-    hands = Making(calls(place).home, broken={"cost"})
+    hands = Making(calls(place).home, broken={"cost", "cost base x 10"})
     outcome = story(calls(place), hands)
-    assert hands.warned == ["what the candidates should cost is not known: out of luck"]
+    assert hands.warned == [
+        "what the candidates should cost is not known: out of luck",
+        "what the candidates should cost on a base 10 times as large is not known: out of luck",
+    ]
     assert outcome.promoted
     [page] = [step.call for step in hands.made if step.call.stage == "report"]
     assert "cost" not in page.inputs
@@ -440,6 +444,7 @@ def test_a_run_goes_on_without_a_prediction_and_says_so(place: Path) -> None:
     by_title = {step.title: step.call for step in hands.made}
     assert by_title["report"].inputs["cost"] == key_of(by_title["cost"])
     assert by_title["cost"].inputs["prepared"] == key_of(by_title["prepare"])
+    assert by_title["report"].inputs["larger"] == key_of(by_title["cost base x 10"])
 
 
 def test_where_nothing_is_trained_no_cost_is_told(place: Path) -> None:

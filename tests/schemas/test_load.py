@@ -84,6 +84,18 @@ def test_unknown_figures_name_the_nearest(folder: Path) -> None:
     assert "`adapter_mib`" in found[0] + found[1]
 
 
+def test_words_about_texts_are_refused_where_rows_are_images(folder: Path) -> None:
+    """Each at its place: a max_length that does nothing would be taken for one that does."""
+    text = GOOD.replace("task: sequence-", "task: image-")
+    (folder / "recipe.yaml").write_text(text)
+    load_recipe(folder / "recipe.yaml")
+    set_ = ["data.max_length=64", "data.template=plain", "evaluate.prompt_tokens=[16, 64]"]
+    found = problems(folder, text, set_)
+    assert len(found) == 3
+    assert all("image-classification reads images" in problem for problem in found)
+    assert sum("data.max_length: found 64" in problem for problem in found) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

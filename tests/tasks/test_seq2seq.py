@@ -307,9 +307,9 @@ def test_memory_is_measured_for_the_task(pipelines: dict[str, Pipeline]) -> None
 @pytest.mark.parametrize(
     ("config", "task", "words"),
     [
-        (SIZES["t5"], "causal-lm", "an encoder and a decoder .t5.*`task: seq2seq`"),
-        (SIZES["bart"], "causal-lm", "an encoder and a decoder .bart.*`task: seq2seq`"),
-        (LlamaConfig(), TASK, "a single stack of layers .llama.*`task: causal-lm`"),
+        (SIZES["t5"], "causal-lm", "a t5 model.*none for causal-lm.*this one is for seq2seq"),
+        (SIZES["bart"], "causal-lm", "a bart model.*none for causal-lm.*this one is for seq2seq"),
+        (LlamaConfig(), TASK, "a llama model.*such as T5 or BART; this one is for causal-lm"),
     ],
 )
 def test_a_base_of_the_other_kind_is_refused_with_the_fix(

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from schemas.errors import UserError
+from tasks.core.adapters import TUNER
 from tasks.core.files import write_atomic
-from tasks.core.models import HEADS, TUNER
+from tasks.core.models import HEADS
 from tasks.methods.adapterhub.config import check_ours, our_config, their_config
 from tasks.methods.adapterhub.names import (
     MODELS,

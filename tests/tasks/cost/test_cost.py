@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from schemas.candidates import (
@@ -39,18 +41,19 @@ from schemas.candidates import (
 from schemas.errors import UserError
 from schemas.recipe import Base, Train
 from schemas.stages import CostSpec
-from schemas.tasks import is_labelled, is_packable
+from schemas.tasks import is_labelled, is_packable, reads_images
+from schemas.together import Together
 from tasks.core.models import load_base
 from tasks.core.quantised import quantised_layers
 from tasks.cost import dry, memory
 from tasks.cost.blocks import stack_of, stacks_of
 from tasks.cost.four_bits import scales
-from tasks.cost.rows import full_rows
+from tasks.cost.rows import FullRow, full_rows
 from tasks.cost.shapes import candidate_on_meta
 from tasks.cost.stage import run
 from tasks.methods import soft
 from tasks.methods.method import trained
-from tasks.methods.table import METHODS, method_for
+from tasks.methods.table import METHODS, method_for, methods_of
 from tasks.train import pairs, placement
 from tasks.train.batching import Batch, Layout
 from tasks.train.loss import backbone, loss_sum
@@ -78,13 +81,18 @@ CONFIGS = {
     ),
     "sequence-classification": BertConfig(**SIZES),
     "token-classification": BertConfig(**SIZES),
+    "image-classification": ViTConfig(**SIZES, image_size=16, patch_size=4),
 }
 CLASSES = {
     "causal-lm": LlamaForCausalLM,
     "seq2seq": T5ForConditionalGeneration,
     "sequence-classification": BertForSequenceClassification,
     "token-classification": BertForTokenClassification,
+    "image-classification": ViTForImageClassification,
 }
+#: The longest row of each task.
+FULL_ROWS = dict.fromkeys(CONFIGS, FullRow(64))
+FULL_ROWS |= {"image-classification": FullRow(17, (3, 16, 16))}
 CANDIDATES = {
     "full": Full(method="full"),
     "lora": Lora(method="lora", rank=4),
@@ -101,6 +109,21 @@ CANDIDATES = {
     "p_tuning": PTuning(method="p_tuning", virtual_tokens=5, hidden_size=24),
     "p_tuning-lstm": PTuning(method="p_tuning", virtual_tokens=5, encoder="lstm"),
     "prefix_tuning": PrefixTuning(method="prefix_tuning", virtual_tokens=5, projection=True),
+    "together": Together(
+        method="together",
+        of=[
+            BitFit(method="bitfit"),
+            Lora(method="lora", rank=4),
+            Bottleneck(method="bottleneck", reduction_factor=4),
+        ],
+    ),
+    "with a prefix": Together(
+        method="together",
+        of=[
+            Lora(method="lora", rank=4),
+            PrefixTuning(method="prefix_tuning", virtual_tokens=5, projection=True),
+        ],
+    ),
     # Its tuner keeps indices beside weights and buffers.
     "fourierft": Peft(
         method="peft",
@@ -125,7 +148,7 @@ GPT3 = {
 
 
 def batch_of(task: str) -> Batch:
-    rows = full_rows(192, 64, task)
+    rows = full_rows(192, FULL_ROWS[task], task)
     index = torch.arange(len(rows)).numpy()
     return pairs.batch_of(rows, index, task, Layout(192, packed=is_packable(task)))
 
@@ -133,7 +156,7 @@ def batch_of(task: str) -> Batch:
 def placed(model: torch.nn.Module, task: str, train: Train, device: str) -> torch.nn.Module:
     placement.place(model, train, torch.device(device))
     placement.use_fast_attention(model, torch.device("cpu"), 64, task)
-    if is_labelled(task) and not soft.is_cache(model):
+    if is_labelled(task) and not reads_images(task) and not soft.is_cache(model):
         unpad(backbone(model))
     return model
 
@@ -174,6 +197,9 @@ PASSES = [
     ("lora", "token-classification", False),
     *((name, "seq2seq", again) for name in ("full", "lora") for again in (False, True)),
     *((name, "seq2seq", False) for name in ("adalora", "ia3", "bottleneck", "last_layers")),
+    ("full", "image-classification", False),
+    ("lora", "image-classification", True),
+    ("bottleneck", "image-classification", False),
 ]
 
 
@@ -208,7 +234,7 @@ def test_a_dry_run_is_the_run_without_its_numbers(bases, name, task, checkpointi
         (name, task)
         for name, candidate in CANDIDATES.items()
         for task in CONFIGS
-        if task in METHODS[candidate.method].tasks
+        if all(task in method.tasks for method in methods_of(candidate))
         if (name, task) != ("bitfit", "seq2seq")  # a T5 has no bias
     ],
 )
@@ -230,10 +256,10 @@ def test_weights_and_what_ships_are_those_of_the_real_model(bases, tmp_path, tas
         # Which layers keep how many ranks is not known before: as if each kept the mean.
         assert found["shipped_mib"] < found["trainable_parameters"] * 4 / 2**20
         return
-    save_model(model, tmp_path / "model", bases[task], "bfloat16", method)
+    save_model(model, tmp_path / "model", bases[task], "bfloat16", *methods_of(candidate))
     course.export(tmp_path / "model")
-    [file] = (tmp_path / "model").glob("*.safetensors")
-    tensors = load_file(file).values()
+    files = (tmp_path / "model").rglob("*.safetensors")
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
     assert found["shipped_mib"] * 2**20 == sum(x.nbytes for x in tensors)
 
 

@@ -30,7 +30,8 @@ from schemas.stages import Call, EvaluateSpec
 from tasks.core.models import load_base
 from tasks.core.store import Store
 from tasks.core.tokens import TokenRows
-from tasks.methods.table import method_for
+from tasks.methods.table import method_for, methods_of
+from tasks.train.output import save_model
 
 LABELS = ["apple", "banana", "cherry"]
 CONTEXT = 96
@@ -205,7 +206,8 @@ def train_entry(world: World, store: Path, candidate: Any, steps: int = 3) -> Pa
         with torch.no_grad():
             for weight in learned:
                 weight += 0.05 * torch.randn_like(weight)
-        model.save_pretrained(out / "model")
+        base = world.paths["base"]
+        save_model(model, out / "model", base, "float32", *methods_of(candidate))
         curve = [
             CurvePoint(
                 step=step,
@@ -227,6 +229,7 @@ def train_entry(world: World, store: Path, candidate: Any, steps: int = 3) -> Pa
             "train_optimiser_mib": 2.0,
             "train_activations_mib": 2.0,
             "train_rest_mib": -0.5,
+            "train_flops_per_token": 7e6,
             "format": "peft-adapter" if candidate.method == "lora" else "transformers",
         }
 

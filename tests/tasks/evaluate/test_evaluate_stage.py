@@ -69,7 +69,7 @@ def test_base_through_the_command_line(causal, tmp_path) -> None:
     assert report.memory.generate_peak_mib == report.memory.base_generate_peak_mib
     assert report.computation.backward_flops_per_token is None
     assert report.swapping is None
-    assert [row.prefill_ratio for row in report.inference_overhead] == [1.0] * 4
+    assert [row.prefill_ratio.value for row in report.inference_overhead] == [1.0] * 4
     assert [line["row"] for line in predictions] == list(range(1, 15))
     assert entry.facts["figures"] == report.figures()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from schemas.candidates import Bottleneck, Full
-from tasks.core.models import TUNER
+from schemas.candidates import Bottleneck, Full, Lora
+from schemas.together import Together
+from tasks.core.adapters import TUNER
 from tasks.evaluate import storage
 from tasks.evaluate.subject import read_subject
 
@@ -44,10 +45,31 @@ def test_an_adapter_that_peft_lacks_ships_its_tuner(causal, trained, tmp_path) -
     world = causal.of("candidate", trained(causal, tmp_path, candidate))
     model_dir = world.paths["subject"] / "model"
     subject = read_subject(world.spec, world.paths)
-    before = storage.measure(subject, subject.load_base()).shipped_bytes
-    (model_dir / TUNER).write_text("# as the train stage puts it there\n")
     after = storage.measure(subject, subject.load_base()).shipped_bytes
-    assert after - before == (model_dir / TUNER).stat().st_size
+    tuner = (model_dir / TUNER).stat().st_size
+    (model_dir / TUNER).unlink()
+    before = storage.measure(subject, subject.load_base()).shipped_bytes
+    assert after - before == tuner > 0
+
+
+def test_of_several_adapters_every_file_ships(causal, trained, tmp_path) -> None:
+    parts = [Bottleneck(method="bottleneck", reduction_factor=4), Lora(method="lora", rank=4)]
+    candidate = Together(method="together", of=parts)
+    world = causal.of("candidate", trained(causal, tmp_path, candidate))
+    subject = read_subject(world.spec, world.paths)
+    stored = storage.measure(subject, subject.load_base())
+    files = [path for path in (world.paths["subject"] / "model").rglob("*") if path.is_file()]
+    assert sorted(
+        path.relative_to(world.paths["subject"] / "model").as_posix() for path in files
+    ) == [
+        "1-lora/adapter_config.json",
+        "1-lora/adapter_model.safetensors",
+        "2-bottleneck/adapter_config.json",
+        "2-bottleneck/adapter_model.safetensors",
+        "2-bottleneck/tuner.py",
+    ]
+    assert stored.shipped_bytes == sum(path.stat().st_size for path in files)
+    assert stored.ten_tasks_bytes == base_bytes(causal) + 10 * stored.shipped_bytes
 
 
 def test_full_tuning_ships_the_whole_model(causal, trained, tmp_path) -> None:

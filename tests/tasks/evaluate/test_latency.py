@@ -4,23 +4,54 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from transformers import LlamaForCausalLM
 
 from schemas.recipe import Evaluate
-from schemas.report import CriteriaReport, Latency
+from schemas.report import CriteriaReport, Interval, Latency
 from tasks.evaluate import latency
-from tasks.evaluate.latency import DECODE_TOKENS, WARM_UPS, Times, measure, summary
+from tasks.evaluate.latency import (
+    DECODE_TOKENS,
+    WARM_UPS,
+    Times,
+    measure,
+    median_ratio,
+    quantile,
+    summary,
+)
 from tasks.evaluate.subject import read_subject
 
 
-def test_summary_is_quantiles_and_ratios_of_medians() -> None:
-    base = Times(prefill=[2.0, 4.0, 100.0], token=[1.0, 2.0, 3.0])
-    own = Times(prefill=[6.0, 8.0, 10.0], token=[1.0, 5.0, 5.0])
+def test_summary_is_quantiles_and_ratios_of_turns() -> None:
+    base = Times(prefill=[2.0, 4.0, 100.0], token=[1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
+    own = Times(prefill=[6.0, 8.0, 10.0], token=[1.0, 1.0, 4.0, 6.0, 6.0, 9.0])
     row = summary(own, base, batch_size=8, prompt_tokens=64, merged=False)
-    assert (row.prefill_p50_ms, row.prefill_ratio) == (8.0, 2.0)
+    assert row.prefill_p50_ms == 8.0
     assert row.prefill_p95_ms == pytest.approx(9.8)
-    assert (row.token_p50_ms, row.token_ratio) == (5.0, 2.5)
+    assert row.prefill_ratio == Interval(value=2.0, low=0.1, high=3.0)
+    assert row.token_p50_ms == 5.0
+    assert row.token_ratio == Interval(value=2.5, low=1.0, high=2.5)
+
+
+def test_what_slows_a_turn_down_moves_no_ratio() -> None:
+    """A machine that becomes four times slower half-way, which moves a ratio of medians."""
+    slow = [1.0] * 9 + [4.0] * 11
+    base = [2.0 * factor for factor in slow]
+    own = [3.0 * factor for factor in slow]
+    assert median_ratio(own, base) == Interval(value=1.5, low=1.5, high=1.5)
+    assert quantile(own[:10], 0.5) / quantile(base[10:], 0.5) < 0.5
+
+
+def test_the_interval_of_a_median_covers_as_often_as_it_says() -> None:
+    """2,000 samples of 20 lognormal ratios, whose median is 1: exactly 95.9 % cover by the
+    binomial, so the count has a standard deviation of 9 around 1,917; five of these are allowed.
+    """
+    draw = np.random.default_rng(0)
+    found = [median_ratio(list(draw.lognormal(0, 0.3, 20)), [1.0] * 20) for _ in range(2000)]
+    covered = sum(interval.low <= 1 <= interval.high for interval in found)
+    assert abs(covered - 1917) <= 45
+    assert all(one.low < one.value < one.high for one in found)
 
 
 def test_models_take_turns_and_none_is_always_first(causal, monkeypatch) -> None:
@@ -80,10 +111,10 @@ def test_the_first_length_has_the_plain_names() -> None:
             merged=merged,
             prefill_p50_ms=1,
             prefill_p95_ms=1,
-            token_p50_ms=1,
-            token_p95_ms=1,
-            prefill_ratio=1,
-            token_ratio=1,
+            token_p50_ms=None,
+            token_p95_ms=None,
+            prefill_ratio=Interval(value=1, low=1, high=1),
+            token_ratio=None,
         )
         for length in (64, 16)
         for merged in (False, True)
@@ -107,5 +138,5 @@ def test_the_base_alone_is_its_own_measure(classes) -> None:
     rows = measure(
         {"base": model}, classes.test_rows, classes.spec.task, classes.spec.evaluate, frozenset()
     )
-    assert [row.prefill_ratio for row in rows] == [1.0] * 4
+    assert [row.prefill_ratio for row in rows] == [Interval(value=1, low=1, high=1)] * 4
     assert [row.token_ratio for row in rows] == [None] * 4

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from schemas.candidates import FewShot, Full, Lora, ZeroShot
+from schemas.candidates import FewShot, Full, Lora, PrefixTuning, ZeroShot
 from schemas.errors import UserError
 from schemas.stages import InspectSpec
+from schemas.together import Candidate, Together
 from tasks.inspect.stage import run
 
 CONFIG = LlamaConfig(
@@ -30,7 +31,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def spec(*candidates: Full | Lora) -> InspectSpec:
+def spec(*candidates: Candidate) -> InspectSpec:
     return InspectSpec(task="causal-lm", candidates=list(candidates))
 
 
@@ -63,6 +64,25 @@ def test_every_problem_of_every_candidate_at_its_place(base: Path, tmp_path: Pat
     assert "q_proj" in target.fix
     assert rank.place == "candidates[2].rank"
     assert "at most 16" in rank.fix
+
+
+def test_a_problem_of_a_part_stands_at_the_part(base: Path, tmp_path: Path) -> None:
+    lora = Lora(method="lora", rank=17, target_modules=["v_proj"])
+    prefix = PrefixTuning(method="prefix_tuning")
+    with pytest.raises(UserError) as caught:
+        run(spec(Together(method="together", of=[prefix, lora])), {"base": base}, tmp_path)
+    [problem] = caught.value.problems
+    assert problem.place == "candidates[0].of[method=lora].rank"
+    assert "at most 16" in problem.fix
+    tagger = InspectSpec(
+        task="token-classification",
+        candidates=[Together(method="together", of=[prefix, Lora(method="lora", rank=4)])],
+    )
+    with pytest.raises(UserError) as caught:
+        run(tagger, {"base": base}, tmp_path)
+    [problem] = caught.value.problems
+    assert problem.place == "candidates[0].of[method=prefix_tuning]"
+    assert problem.found == "prefix_tuning cannot be used for token-classification"
 
 
 def test_prompts_train_nothing_and_are_refused_for_a_classifier(base: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from schemas.candidates import (
@@ -44,6 +46,7 @@ from schemas.candidates import (
 )
 from schemas.errors import UserError
 from schemas.recipe import Train
+from schemas.together import Together
 from tasks.core.models import head_modules
 from tasks.evaluate.subject import folded
 from tasks.methods import ia3
@@ -71,10 +74,20 @@ BERT = BertConfig(
 )
 ROBERTA = RobertaConfig(**BERT.to_diff_dict())
 DISTILBERT = DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+VIT = ViTConfig(
+    image_size=16,
+    patch_size=4,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    num_labels=5,
+)
 BASES = {
     "causal-lm": lambda: LlamaForCausalLM(LLAMA),
     "sequence-classification": lambda: BertForSequenceClassification(BERT),
     "token-classification": lambda: BertForTokenClassification(BERT),
+    "image-classification": lambda: ViTForImageClassification(VIT),
 }
 CANDIDATES = {
     "full": Full(method="full"),
@@ -91,6 +104,10 @@ CANDIDATES = {
     "prompt_tuning": PromptTuning(method="prompt_tuning", virtual_tokens=5),
     "p_tuning": PTuning(method="p_tuning", virtual_tokens=5, hidden_size=24),
     "prefix_tuning": PrefixTuning(method="prefix_tuning", virtual_tokens=5),
+    "together": Together(
+        method="together",
+        of=[Lora(method="lora", rank=4), Bottleneck(method="bottleneck", reduction_factor=4)],
+    ),
     "peft": Peft(method="peft", peft={"peft_type": "LOHA", "r": 4, "target_modules": "all-linear"}),
 }
 #: Virtual tokens are attended to from the first step on: there is no prompt that changes nothing.
@@ -98,6 +115,13 @@ SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 FROM_THE_BASE = [name for name in CANDIDATES if name not in ("full", *SOFT)]
 #: Each method with the tasks that it can be used for.
 USES = [(name, task) for name in CANDIDATES for task in BASES if task in METHODS[name].tasks]
+
+
+def inputs_of(task: str) -> dict[str, torch.Tensor]:
+    """Two rows, as a base of that task reads them."""
+    if task == "image-classification":
+        return {"pixel_values": torch.randn(2, 3, 16, 16)}
+    return {"input_ids": torch.randint(0, 64, (2, 9))}
 
 
 def test_every_method_of_the_recipe_is_in_the_table_and_on_its_page():
@@ -156,9 +180,9 @@ def test_lora_counts_by_hand():
 def test_an_adapter_starts_at_the_base_exactly(name, task):
     torch.manual_seed(0)
     base = BASES[task]().eval()
-    ids = torch.randint(0, 64, (2, 9))
-    before = base(input_ids=ids).logits.detach()
-    after = METHODS[name].build(base, CANDIDATES[name], task).eval()(input_ids=ids).logits
+    inputs = inputs_of(task)
+    before = base(**inputs).logits.detach()
+    after = METHODS[name].build(base, CANDIDATES[name], task).eval()(**inputs).logits
     assert torch.equal(before, after)
 
 
@@ -167,6 +191,7 @@ def test_an_adapter_starts_at_the_base_exactly(name, task):
     [
         (BASES["sequence-classification"], {"bert.pooler", "classifier"}),
         (BASES["token-classification"], {"classifier"}),
+        (BASES["image-classification"], {"classifier"}),
         (lambda: RobertaForSequenceClassification(ROBERTA), {"classifier"}),
         (lambda: DistilBertForSequenceClassification(DISTILBERT), {"pre_classifier", "classifier"}),
         (lambda: LlamaForSequenceClassification(LLAMA), {"score"}),
@@ -199,14 +224,14 @@ def test_a_saved_adapter_reloads_to_the_same_logits_and_differs_from_the_base(tm
     with torch.no_grad():
         for weight in trained(model).values():
             weight.add_(0.05 * torch.randn_like(weight))
-    ids = torch.randint(0, 64, (2, 9))
-    tuned = model(input_ids=ids).logits
+    inputs = inputs_of(task)
+    tuned = model(**inputs).logits
     model.save_pretrained(tmp_path)
     fresh = BASES[task]().eval()
     fresh.load_state_dict(base_state, strict=False)
     with torch.no_grad():
-        plain = fresh(input_ids=ids).logits
-        again = PeftModel.from_pretrained(fresh, tmp_path).eval()(input_ids=ids).logits
+        plain = fresh(**inputs).logits
+        again = PeftModel.from_pretrained(fresh, tmp_path).eval()(**inputs).logits
     # The same products in the same order.
     assert torch.equal(again, tuned)
     assert not torch.allclose(again, plain, atol=1e-3)
@@ -257,6 +282,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
             {"mlp.down_proj"},
         ),
         (BASES["sequence-classification"], {"self.key", "self.value"}, {".output.dense"}),
+        (BASES["image-classification"], {"k_proj", "v_proj"}, {"mlp.fc2"}),
         (lambda: DistilBertForSequenceClassification(DISTILBERT), {"k_lin", "v_lin"}, {"ffn.lin2"}),
     ],
 )

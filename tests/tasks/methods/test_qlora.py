@@ -241,7 +241,7 @@ def test_flops_are_those_of_lora_but_for_attention_kept_alike(places):
     learned_BT = torch.ones_like(IDS, dtype=torch.bool)
     learned_BT[:, 0] = False
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    batch = MicroBatch(inputs, learned_BT, None)
+    batch = MicroBatch(inputs, IDS.numel(), learned_BT=learned_BT)
     plain = load_base(places["causal-lm"], "causal-lm", None, "float32")
     lora = METHODS["lora"].build(plain, PLAIN, "causal-lm").eval()
     four = built(places)

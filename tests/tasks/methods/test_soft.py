@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from schemas.candidates import PrefixTuning, PromptTuning, PTuning
-from schemas.errors import UserError
+from schemas.errors import StageError, UserError
 from tasks.methods import soft
 from tasks.methods.method import trained
 from tasks.methods.table import METHODS
@@ -217,6 +217,20 @@ def test_what_is_saved_reloads_to_the_same_logits_with_its_head(tmp_path, candid
     assert soft.virtual_tokens(again) == V
     # The network that wrote them is gone; its output is the same bits.
     assert torch.equal(soft.run(again, **inputs).logits, expected)
+
+
+@soft_prompts
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_a_run_ends_with_proof_that_the_prompt_is_attended_to(monkeypatch, candidate, task):
+    """And leaves every weight as it was; a base that looks past the prompt is found out."""
+    model = built(CAUSAL["llama"] if task == "causal-lm" else CLASSES["bert"], candidate, task)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    course = METHODS[candidate.method].course(model, candidate, 1)
+    assert course.finish()["virtual_tokens_move_logits"] > 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    monkeypatch.setattr(soft, "run", lambda model, **inputs: model.get_base_model()(**inputs))
+    with pytest.raises(StageError, match="no row attends to the virtual tokens"):
+        course.finish()
 
 
 def test_bases_that_cannot_see_every_virtual_token_are_refused():

@@ -199,6 +199,8 @@ def test_every_reason_has_a_test() -> None:
         "extra_key", "template_refused", "empty_text", "unknown_label", "not_sampled",
         "no_answer_token",  # test_prepare_tokens.py
         "span_out_of_range", "overlapping_spans", "span_off_tokens",  # test_prepare_spans.py
+        "no_file", "not_an_image", "broken_image", "empty_image", "image_mode",
+        "several_frames", "image_too_large",  # test_prepare_images.py
     }  # fmt: skip
     assert tested | elsewhere == set(REASONS)
 

@@ -114,7 +114,7 @@ def write_criteria(out: Path, accuracy: float = 0.93, dtype: str = "float32") ->
                 prefill_p95_ms=1,
                 token_p50_ms=None,
                 token_p95_ms=None,
-                prefill_ratio=1,
+                prefill_ratio=Interval(value=1, low=1, high=1),
                 token_ratio=None,
             )
         ],

@@ -18,7 +18,7 @@ from tasks.core.shots import Shots, is_prompt
 from tasks.core.store import Store
 from tasks.core.tokens import TokenRows
 from tasks.register.package import make_package
-from tasks.register.served_model import Examples
+from tasks.register.served_examples import Examples
 from tasks.train.prompt import make_prompt
 
 BOS = 1

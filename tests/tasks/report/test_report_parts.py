@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.report import Interval
 from schemas.stages import PageSpec
 from tasks.report.apart import apart, rates, recommendation
 from tasks.report.criteria import criteria_table, marked
@@ -20,7 +21,7 @@ from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import Inputs
 from tasks.report.overhead import overhead_figure
 from tasks.report.pareto import joined_labels, label_positions, pareto_front
-from tasks.report.predicted import predicted
+from tasks.report.predicted import SIZES, on_larger, predicted
 from tasks.report.provenance import without_directories
 from tasks.report.run import render
 from tasks.report.summary import quality_figure, verdict
@@ -203,6 +204,25 @@ def test_the_recommendation_speaks_of_distance_storage_and_speed(
     assert "Not distinguishable from full (p ≥ 0.05): lora-r16." in words
 
 
+def test_slower_is_who_is_told_apart_and_noticed(spec: PageSpec, inputs: Inputs) -> None:
+    """lora-r16 as it is served, merged, has 0.99 ± 0.03 of the base's time for a token."""
+
+    def said(low: float, value: float, high: float) -> bool:
+        ratio = Interval(value=value, low=low, high=high)
+        report = inputs.reports["full"]
+        changed = {"token_ratio": ratio}
+        rows = [row.model_copy(update=changed) for row in report.inference_overhead]
+        slower = report.model_copy(update={"inference_overhead": rows})
+        words = recommendation(spec, replace(inputs, reports=inputs.reports | {"full": slower}))
+        found = any("Slower at batch 1 than lora-r16: full" in sentence for sentence in words)
+        assert not found or f"full {value / 0.99 - 1:.0%}" in " ".join(words)
+        return found
+
+    assert said(1.2, 1.3, 1.4)
+    assert not said(1.0, 1.3, 1.6), "the intervals meet"
+    assert not said(1.025, 1.03, 1.035), "nobody would notice"
+
+
 def test_rates_that_were_tried_are_shown_in_their_order(spec: PageSpec) -> None:
     [found] = rates(spec)
     assert (found.label, found.chosen) == ("lora-r4", "0.002")
@@ -238,13 +258,28 @@ def test_a_prediction_stands_beside_what_was_measured(spec: PageSpec, inputs: In
     found = predicted(inputs)
     assert found is not None
     assert [label for label, _ in found.rows] == spec.labels
-    weights, peak, forward, backward = dict(found.rows)["lora-r16"]
-    assert (weights.predicted, weights.measured, weights.difference) == ("451,000", "451,000", "0")
-    assert (peak.predicted, peak.measured, peak.difference) == ("134", "119", "+12.5")
-    assert forward.difference == "\u221225.0"
-    assert backward.difference == "0"
-    assert [column.unit for column in found.columns] == ["", "MiB", "MFLOP", "MFLOP"]
+    weights, peak, flops = dict(found.rows)["lora-r16"]
+    assert (weights.first, weights.second, weights.compared) == ("451,000", "451,000", "0")
+    assert (peak.first, peak.second, peak.compared) == ("134", "119", "+12.5")
+    assert flops.compared == "\u221225.0"
+    assert [column.unit for column in found.columns] == ["", "MiB", "MFLOP"]
     assert "Predicted and measured" in render(spec, inputs)
+
+
+def test_what_a_larger_base_would_change(spec: PageSpec, inputs: Inputs) -> None:
+    found = on_larger(inputs)
+    assert found is not None
+    assert [column.name for column in found.columns] == list(SIZES)
+    share, shipped, peak, flops = dict(found.rows)["lora-r16"]
+    assert (share.compared, shipped.compared) == ("0.3", "1.0")
+    assert (peak.first, peak.second, peak.compared) == ("134", "1,068", "8.0")
+    assert flops.compared == "10.0"
+    page = render(spec, inputs)
+    assert "On a larger base" in page
+    assert "35.7\u00a0M parameters" in page
+    without = replace(inputs, larger={}, larger_parameters=0)
+    assert on_larger(without) is None
+    assert "On a larger base" not in render(spec, without)
 
 
 def test_a_run_without_a_prediction_has_no_such_section(spec: PageSpec, inputs: Inputs) -> None:

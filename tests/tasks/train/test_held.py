@@ -10,15 +10,19 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas.cost import CostReport
+from schemas.recipe import Evaluate
 from schemas.report import Memory
-from schemas.stages import TrainSpec
+from schemas.stages import CostSpec, TrainSpec
 from tasks.core.models import load_base
 from tasks.core.runtime import tensor_bytes
 from tasks.core.tokens import TokenRows
+from tasks.cost import stage as plan
 from tasks.methods.method import trained
 from tasks.methods.table import method_for
 from tasks.train import stage
 from tasks.train.batching import micro_batches
+from tasks.train.computed import flops_per_token
 from tasks.train.held import largest_micro_batch, parts_mib
 from tasks.train.loop import Job, make_optimizer, train
 from tasks.train.loss import loss_sum
@@ -127,6 +131,7 @@ def test_activations_are_those_of_the_largest_micro_batch_of_the_run(paths):
 def test_counting_leaves_the_trained_bytes_as_they_are(paths, tmp_path, monkeypatch):
     counted = stage.run(make_spec(LORA), paths, tmp_path / "counted")
     monkeypatch.setattr(stage, "parts_mib", lambda *_: {})
+    monkeypatch.setattr(stage, "flops_per_token", lambda *_: 0.0)
     run = stage.run(make_spec(LORA), paths, tmp_path / "not")
     assert set(counted) - set(run) == {
         "train_weights_mib",
@@ -137,6 +142,33 @@ def test_counting_leaves_the_trained_bytes_as_they_are(paths, tmp_path, monkeypa
     }
     name = "model/adapter_model.safetensors"
     assert (tmp_path / "counted" / name).read_bytes() == (tmp_path / "not" / name).read_bytes()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_are_those_that_were_planned(paths, tmp_path, checkpointing):
+    """The plan counts the same micro-batch on shapes: of so few steps it sees them all."""
+    spec = make_spec(LORA, gradient_checkpointing=checkpointing)
+    trained_facts = stage.run(spec, paths, tmp_path)
+    asked = CostSpec(
+        task=spec.task,
+        shape=None,
+        candidates=[spec.candidate],
+        train=spec.train,
+        evaluate=Evaluate(),
+        max_length=64,
+        dtype=spec.dtype,
+    )
+    (tmp_path / "plan").mkdir()
+    plan.run(asked, paths, tmp_path / "plan")
+    found = CostReport.model_validate_json((tmp_path / "plan" / "plan.json").read_bytes())
+    [told] = found.candidates.values()
+    assert trained_facts["train_flops_per_token"] == told.flops_per_token > 0
+
+
+def test_flops_leave_no_gradient(paths):
+    model, job = make_job(paths, LORA)
+    assert flops_per_token(model, job) > 0
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_views_of_one_storage_count_once():

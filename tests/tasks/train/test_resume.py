@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from schemas.stages import TrainSpec
 from tasks.core.tokens import TokenRows
@@ -99,7 +99,7 @@ def make_spec(steps: int, **candidate: object) -> TrainSpec:
 def model_bytes(out: Path) -> dict[str, bytes]:
     files = sorted(path for path in (out / "model").rglob("*") if path.is_file())
     assert files
-    return {path.name: path.read_bytes() for path in files}
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def is_saving(scratch: Path) -> bool:
@@ -220,8 +220,17 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, paths, capfd, name)
         {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0.2, "final": 0.34},
         # Still giving them away when it is killed.
         {"method": "adalora", "rank": 2, "initial_rank": 5, "warmup": 0, "final": 0},
+        # The courses of two parts, and what one of them wraps of the other.
+        {
+            "method": "together",
+            "of": [
+                {"method": "lora", "rank": 4, "init": "pissa", "b_rate": 4},
+                {"method": "bottleneck", "reduction_factor": 4},
+                {"method": "prefix_tuning", "virtual_tokens": 3},
+            ],
+        },
     ],
-    ids=["full", "qlora", "pissa", "olora", "adalora-final", "adalora"],
+    ids=["full", "qlora", "pissa", "olora", "adalora-final", "adalora", "together"],
 )
 @pytest.mark.parametrize("lost", [0, 1])
 def test_every_kind_of_state_resumes_in_the_same_bytes(tmp_path, paths, candidate, lost):
@@ -233,6 +242,50 @@ def test_every_kind_of_state_resumes_in_the_same_bytes(tmp_path, paths, candidat
         shutil.rmtree(max((tmp_path / "scratch").glob("checkpoint-*")))
     assert run(spec, paths, tmp_path)["resumed_from_step"] == 5 - lost
     assert model_bytes(tmp_path) == first
+
+
+@pytest.fixture(scope="module")
+def image_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random ViT, and noise with labels."""
+    root = tmp_path_factory.mktemp("images")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    ViTForImageClassification(config).save_pretrained(root / "base")
+    (root / "prepared" / "tokens").mkdir(parents=True)
+    TokenRows(
+        input_ids=np.zeros(60 * 17, dtype=np.int32),
+        offsets=np.arange(61) * 17,
+        source_rows=np.arange(60) + 1,
+        labels=np.arange(60) % 2,
+        values=np.tile(np.linspace(-1, 1, 256, dtype=np.float32), (3, 1)),
+        pixels=np.random.default_rng(0).integers(0, 256, (60, 3, 16, 16), dtype=np.uint8),
+    ).save(root / "prepared" / "tokens" / "train.safetensors")
+    (root / "prepared" / "labels.json").write_text('["a", "b"]')
+    return {"prepared": root / "prepared", "base": root / "base"}
+
+
+def test_images_resume_in_the_same_bytes(tmp_path, image_paths):
+    """From the checkpoint before the last one; and from none where a pixel has changed."""
+    spec = TrainSpec.model_validate(
+        make_spec(steps=6).model_dump() | {"task": "image-classification"}
+    )
+    run(spec, image_paths, tmp_path)
+    first = model_bytes(tmp_path)
+    shutil.rmtree(max((tmp_path / "scratch").glob("checkpoint-*")))
+    assert run(spec, image_paths, tmp_path)["resumed_from_step"] == 4
+    assert model_bytes(tmp_path) == first
+    file = image_paths["prepared"] / "tokens" / "train.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 255
+    file.write_bytes(content)
+    assert run(spec, image_paths, tmp_path)["resumed_from_step"] == 0
 
 
 def test_a_checkpoint_of_another_spec_is_not_used(tmp_path, paths, capfd):

@@ -20,12 +20,14 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
-from schemas.tasks import TASKS, is_encoder_decoder, is_labelled
+from schemas.tasks import TASKS, is_encoder_decoder, is_labelled, reads_images
 from tasks.core.entities import IGNORED
 from tasks.core.models import TUNER, load_base, load_trained
 from tasks.core.tokens import TokenRows
@@ -52,6 +54,8 @@ T5 = {
     "num_heads": 2,
     "decoder_start_token_id": 0,
 }
+IMAGES = {"image_size": 16, "patch_size": 4}
+IMAGE_TOKENS = 17
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +69,15 @@ def _two_threads() -> Iterator[None]:
 def write_rows(folder: Path, task: str, count: int = 120) -> None:
     """Causal: rows count upwards. Classification: the label is the third of its first token, or
     every token's own; the first token of a row has none."""
+    (folder / "tokens").mkdir(parents=True)
+    if reads_images(task):
+        write_images(folder, count)
+        return
     draw = np.random.default_rng(0)
     lengths = draw.integers(6, 20, count)
     starts = draw.integers(3, 70, count)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([a + np.arange(n) for a, n in zip(starts, lengths, strict=True)])
-    (folder / "tokens").mkdir(parents=True)
     mask = np.ones(len(ids), dtype=np.uint8)
     mask[offsets[:-1]] = 0
     answers = not is_labelled(task)
@@ -89,6 +96,32 @@ def write_rows(folder: Path, task: str, count: int = 120) -> None:
         (folder / "labels.json").write_text(json.dumps(LABELS))
 
 
+def write_images(folder: Path, count: int) -> None:
+    """Noise, of which one channel is lighter: the label's."""
+    labels = np.arange(count) % 3
+    pixels = np.random.default_rng(0).integers(0, 100, (count, 3, 16, 16), dtype=np.uint8)
+    pixels[np.arange(count), labels] += 100
+    TokenRows(
+        input_ids=np.zeros(count * IMAGE_TOKENS, np.int32),
+        offsets=np.arange(count + 1) * IMAGE_TOKENS,
+        source_rows=np.arange(count) + 1,
+        labels=labels,
+        values=np.tile(np.linspace(-1, 1, 256, dtype=np.float32), (3, 1)),
+        pixels=pixels,
+    ).save(folder / "tokens" / "train.safetensors")
+    (folder / "labels.json").write_text(json.dumps(LABELS))
+
+
+def some_row(task: str) -> dict[str, torch.Tensor]:
+    """A row that is none of training's, as a base of that task reads it."""
+    if reads_images(task):
+        return {"pixel_values": torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)}
+    ids = torch.arange(5, 13)[None]
+    if is_encoder_decoder(task):  # the decoder goes on from some of the tokens
+        return {"input_ids": ids, "decoder_input_ids": torch.cat([ids[:, :1] * 0, ids[:, 3:]], 1)}
+    return {"input_ids": ids}
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     root = tmp_path_factory.mktemp("stage")
@@ -98,6 +131,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
         "seq2seq": T5ForConditionalGeneration(T5Config(**T5)),
         "sequence-classification": BertForSequenceClassification(BertConfig(**CONFIG)),
         "token-classification": BertForTokenClassification(BertConfig(**CONFIG)),
+        "image-classification": ViTForImageClassification(ViTConfig(**CONFIG, **IMAGES)),
     }
     for task, model in bases.items():
         model.save_pretrained(root / task / "base")
@@ -113,13 +147,6 @@ def make_spec(task: str, candidate: dict[str, object], dtype: str = "float32", *
     return TrainSpec.model_validate(
         {"task": task, "candidate": candidate, "train": settings, "dtype": dtype}
     )
-
-
-def inputs_of(task: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One row as the task's model takes it; a decoder goes on from three of the tokens."""
-    if not is_encoder_decoder(task):
-        return {"input_ids": ids}
-    return {"input_ids": ids, "decoder_input_ids": torch.cat([ids[:, :1] * 0, ids[:, 3:]], 1)}
 
 
 FULL = {"method": "full"}
@@ -166,12 +193,12 @@ def test_both_methods_learn_every_task_and_reload(tmp_path, places, task, candid
     labels = LABELS if is_labelled(task) else None
     base = load_base(places[task]["base"], task, labels, dtype)
     tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
-    ids = torch.arange(5, 13)[None]
-    asked = inputs_of(task, ids)
+    row = some_row(task)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        assert not torch.allclose(tuned(**asked).logits, base(**asked).logits, atol=0.05)
+        assert not torch.allclose(tuned(**row).logits, base(**row).logits, atol=0.05)
         if task == "causal-lm" and candidate == FULL:
             # Rows count upwards, and the tuned model does.
+            ids = row["input_ids"]
             guesses = tuned(input_ids=ids).logits[0, 1:-1].argmax(-1)
             assert (guesses == ids[0, 2:]).float().mean() >= 0.5
 
@@ -197,9 +224,9 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
     labels = LABELS if is_labelled(task) else None
     base = load_base(places[task]["base"], task, labels, dtype)
     tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
-    asked = inputs_of(task, torch.arange(5, 13)[None])
+    row = some_row(task)
     with torch.no_grad():
-        assert not torch.allclose(run_on(tuned, asked).logits, base(**asked).logits, atol=0.05)
+        assert not torch.allclose(run_on(tuned, row).logits, base(**row).logits, atol=0.05)
 
 
 def test_an_adapter_of_a_kind_that_peft_lacks_brings_its_tuner(tmp_path, places):
