@@ -4,7 +4,8 @@
 
 Text from `corpus.py` and the tokens of the quickstart's own base -> spans of each document cut out,
 to be written by the decoder (span corruption: Raffel et al. 2020, arXiv:1910.10683) -> bf16
-safetensors. The same seed, versions, processor and number of threads give the same bytes.
+safetensors, and beside them t5-retention.jsonl. The same seed, versions, processor and number of
+threads give the same bytes.
 """
 
 from __future__ import annotations
@@ -293,7 +294,8 @@ def main() -> None:
     print(f"python {platform.python_version()}, {versions}")
     print(f"cpu {torch.backends.cpu.get_cpu_capability()}, {vars(args)}")
     build(args.out, args.steps, args.seed, args.learning_rate)
-    write_retention(HERE / "t5-retention.jsonl", tokenizer_with_sentinels(HERE / "base"), args.seed)
+    retention = args.out.parent / "t5-retention.jsonl"
+    write_retention(retention, tokenizer_with_sentinels(HERE / "base"), args.seed)
 
 
 if __name__ == "__main__":
