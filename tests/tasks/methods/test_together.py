@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tasks.core.models import head_modules
 from tasks.methods.fused import fuse_lora
 from tasks.methods.method import trained
 from tasks.methods.table import METHODS, methods_of
+from tasks.methods.tuners import bitfit, bottleneck
 from tasks.register import served_model
 from tasks.train.output import save_model
 
@@ -60,6 +62,14 @@ PARTS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"method": "prefix_tuning", "virtual_tokens": 5},
 }
 SOFT = {"prompt_tuning", "p_tuning", "prefix_tuning"}
+
+
+@pytest.fixture(autouse=True)
+def _our_tuners() -> Iterator[None]:
+    """What is served registers the tuner that travelled with it."""
+    yield
+    for tuner in (bitfit, bottleneck):
+        tuner.register()
 
 
 def together(*names: str) -> Together:
