@@ -40,7 +40,8 @@ class PrepareSpec(Spec):
 
     The entry: rows/{train,test,retention}.parquet, quarantine.parquet, data_report.json,
     tokens/{train,test,retention}.safetensors, test_rows.jsonl, labels.json (for tasks with labels).
-    `tasks/core/tokens.py` states the token files.
+    `tasks/core/tokens.py` states the token files. Of image files that rows name, the content is
+    keyed too.
     """
 
     STAGE: ClassVar[str] = "prepare"
@@ -154,7 +155,7 @@ class RegisterSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "register"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     task: Task
     name: str

@@ -272,6 +272,23 @@ def test_a_plan_counts_the_tokens_that_the_base_makes(pipeline: Pipeline, tmp_pa
     assert total == pytest.approx(facts["train_flops_per_token"], rel=1e-6)
 
 
+def test_a_plan_needs_no_more_than_a_shape(tmp_path: Path) -> None:
+    """Of a kind with several classes, of which a bare shape names none."""
+    shape = {"model_type": "deit", "image_size": 32, "patch_size": 8, "hidden_size": 64}
+    spec = CostSpec.model_validate(
+        {
+            "task": TASK,
+            "shape": shape | {"num_hidden_layers": 2, "num_attention_heads": 2},
+            "candidates": [LORA],
+            "train": {},
+            "evaluate": {},
+            "max_length": 512,
+            "dtype": "bfloat16",
+        }
+    )
+    assert cost(spec, {}, tmp_path)["candidates"]["lora-r4"]["training_mib"]["total"] > 0
+
+
 def test_the_page_says_what_becomes_of_an_image(pipeline: Pipeline) -> None:
     text = (pipeline.prepared / "data_report.json").read_text()
     data = DataReport.model_validate_json(text)

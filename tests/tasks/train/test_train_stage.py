@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -227,6 +229,18 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
     row = some_row(task)
     with torch.no_grad():
         assert not torch.allclose(run_on(tuned, row).logits, base(**row).logits, atol=0.05)
+
+
+def test_no_branch_of_a_base_is_dropped_in_training():
+    """BEiT drops whole branches of a row at random, by a module that is no dropout of torch's."""
+    config = BeitConfig(**CONFIG, **IMAGES, drop_path_rate=0.9)
+    model = BeitForImageClassification(config)
+    row = some_row("image-classification")
+    with torch.no_grad():
+        expected = model.eval()(**row).logits
+        assert not torch.equal(model.train()(**row).logits, expected)
+        placement.without_base_dropout(model)
+        assert torch.equal(model(**row).logits, expected)
 
 
 def test_an_adapter_of_a_kind_that_peft_lacks_brings_its_tuner(tmp_path, places):
