@@ -98,13 +98,19 @@ class Data(Frozen):
         Discriminator(_test_kind),
     ]
     retention: Source | None = Field(
-        None, description="General text, one `text` a row, to measure what was forgotten."
+        None,
+        description="General text, one `text` a row, to measure what was forgotten; for seq2seq "
+        "rows like those of train, of another task.",
     )
-    max_length: int = Field(512, ge=8, description="Tokens a row may have, prompt and answer.")
+    max_length: int = Field(
+        512,
+        ge=8,
+        description="Tokens a row may have, prompt and answer; for seq2seq each by itself.",
+    )
     on_overflow: Literal["refuse", "truncate"] = Field(
         "refuse",
         description="A row longer than max_length: refuse it, or cut the prompt from the left "
-        "(classification: the text from the right). An answer is never cut.",
+        "(classification, seq2seq: from the right). An answer is never cut.",
     )
     template: Literal["auto", "chat", "plain"] = Field(
         "auto",

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.tasks import TASKS
+from schemas.tasks import TASKS, is_labelled
 
 
 class Strict(BaseModel):
@@ -115,8 +115,8 @@ class Accuracy(Strict):
     metrics: dict[str, Interval] = Field(
         description="sequence- and image-classification: accuracy, macro_f1, loss. causal-lm: "
         "exact_match, field_f1 (where answers are JSON objects), perplexity, loss (nats per answer "
-        "token). token-classification: entity_f1, entity_precision, entity_recall, "
-        "token_accuracy, loss (nats per token)."
+        "token). seq2seq: these and rouge_l. token-classification: entity_f1, entity_precision, "
+        "entity_recall, token_accuracy, loss (nats per token)."
     )
     rows: int
     retention_loss: float | None = Field(description="Nats per token of general text.")
@@ -290,7 +290,7 @@ def figure_names(task: str, batch_sizes: list[int], prompt_lengths: list[int]) -
     names += [*Memory.model_fields, *Computation.model_fields]
     names += ["retention_loss", "retention_change", "swap_ms", "ten_adapters_mib"]
     timed = [name for name in Latency.model_fields if name not in LATENCY_PLACE]
-    if task != "causal-lm":
+    if is_labelled(task):
         timed = [name for name in timed if not name.startswith("token_")]
     lengths = [None, *prompt_lengths[1:]]
     for size, length, figure in product(batch_sizes, lengths, timed):

@@ -67,7 +67,7 @@ REASONS: dict[str, str] = {
     "leaks_into_test": "a train row equal, in that way, to the test row at the line that follows",
     "template_refused": "the model's chat template raised an error",
     "control_token": "text that spells one of the tokenizer's special tokens",
-    "too_long": "more tokens than max_length; the count follows",
+    "too_long": "more tokens than max_length (seq2seq: of one side); the count follows",
     "no_answer_token": "no token of the answer (of spans: of the text) is left to learn",
     "not_sampled": "a good test row that `test_rows` left out",
 }

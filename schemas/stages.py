@@ -91,7 +91,7 @@ class TrainSpec(Spec):
     a prompt), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 

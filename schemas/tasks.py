@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Task = Literal[
-    "causal-lm", "sequence-classification", "token-classification", "image-classification"
+    "causal-lm",
+    "seq2seq",
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
 ]
 
 #: What a row's input is.
@@ -21,20 +25,26 @@ class TaskKind:
         are generated.
     metrics: the names of its figures, and whether more is better.
     reads: what the input of a row is.
+    encoder_decoder: whether an encoder reads the prompt and a decoder writes the answer, so that
+        both are padded, cut and counted apart.
     """
 
     labels: Literal["row", "token"] | None
     metrics: dict[str, bool]
     reads: Reads = "text"
+    encoder_decoder: bool = False
+
+
+#: Of tasks whose answers are generated.
+ANSWERS = {"exact_match": True, "field_f1": True, "perplexity": False, "loss": False}
 
 
 #: Of one label a row.
 CLASS_METRICS = {"accuracy": True, "macro_f1": True, "loss": False}
 
 TASKS: dict[str, TaskKind] = {
-    "causal-lm": TaskKind(
-        None, {"exact_match": True, "field_f1": True, "perplexity": False, "loss": False}
-    ),
+    "causal-lm": TaskKind(None, ANSWERS),
+    "seq2seq": TaskKind(None, {**ANSWERS, "rouge_l": True}, encoder_decoder=True),
     "sequence-classification": TaskKind("row", CLASS_METRICS),
     "token-classification": TaskKind(
         "token",
@@ -58,3 +68,13 @@ def is_labelled(task: str) -> bool:
 def reads_images(task: str) -> bool:
     """Whether rows are images, which a processor makes ready and no tokenizer."""
     return TASKS[task].reads == "image"
+
+
+def is_encoder_decoder(task: str) -> bool:
+    """Whether its rows are a source for an encoder and a target for a decoder."""
+    return TASKS[task].encoder_decoder
+
+
+def is_packable(task: str) -> bool:
+    """Whether a row is one sequence that a decoder reads, which can stand behind another."""
+    return not is_labelled(task) and not is_encoder_decoder(task)

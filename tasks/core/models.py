@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from schemas.errors import StageError, UserError
-from schemas.tasks import reads_images
+from schemas.tasks import is_encoder_decoder, is_labelled, reads_images
 from tasks.core import adapters, quantised
 from tasks.core.bases import require_safetensors
 from tasks.core.progress import warn
@@ -34,6 +35,7 @@ from tasks.core.shots import is_prompt
 
 MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "image-classification": AutoModelForImageClassification,
@@ -98,17 +100,44 @@ def model_on_meta(config: Any, task: str, place: object, dtype: Dtype | None = N
 
 def require_kind(config: Any, task: str, place: object) -> None:
     """Raise a UserError for a base of which transformers makes no model for a task, such as one
-    that reads text where rows are images."""
-    fitting = [name for name, auto in MODEL_CLASSES.items() if type(config) in auto._model_mapping]
+    that reads text where rows are images, or has no encoder where there should be one."""
+    fitting = [name for name in MODEL_CLASSES if fits(config, name)]
     if task in fitting:
         return
-    such = "ViT or DeiT" if reads_images(task) else "BERT" if task != "causal-lm" else "Llama"
+    if is_labelled(task):
+        such = "ViT or DeiT" if reads_images(task) else "BERT"
+    else:
+        such = "T5 or BART" if is_encoder_decoder(task) else "Llama"
     known = f"; this one is for {', '.join(fitting)}" if fitting else ""
     raise UserError.at(
         place,
         f"is a {config.model_type} model, of which there is none for {task}",
         f"choose a base such as {such}{known}",
     )
+
+
+def fits(config: Any, task: str) -> bool:
+    """Whether transformers makes a whole model of that kind for a task. Of an encoder and a
+    decoder it would make a model of its decoder alone, for causal-lm, without a word."""
+    if type(config) not in MODEL_CLASSES[task]._model_mapping:
+        return False
+    return is_labelled(task) or bool(config.is_encoder_decoder) == is_encoder_decoder(task)
+
+
+def decoder_start(config: Any) -> int:
+    """The token that a decoder begins every answer with.
+
+    Raises:
+        UserError: the configuration names none, so that nothing says how answers begin.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise UserError.at(
+            "base.model",
+            f"its config.json names no decoder_start_token_id ({config.model_type})",
+            "set it to the token that its decoder was pretrained to begin with",
+        )
+    return int(start)
 
 
 def read_labels(prepared: Path) -> list[str] | None:
@@ -159,9 +188,15 @@ def load_base(
 
 
 def unquantised_modules(model: Any) -> tuple[str, ...]:
-    """The heads by name: they stay in the base's dtype where all else is quantised."""
+    """The heads by name, which stay in the base's dtype where all else is quantised, and what
+    transformers never quantises in this kind (`wo` of a T5)."""
     output = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is output]
+    kept = set(model._keep_in_fp32_modules or ())
+    names = [
+        name
+        for name, module in model.named_modules()
+        if module is output or kept.intersection(name.split(".")[-1:])
+    ]
     return (*names, *head_modules(model))
 
 

@@ -6,8 +6,10 @@ tokens/<split>.safetensors holds, for N rows of T tokens in all:
                                  the base makes of it (its patches, and what it adds to them)
     offsets       int64 [N + 1]  row i is input_ids[offsets[i]:offsets[i + 1]]
     source_rows   int64 [N]      line of the row in its source file, from 1
-    loss_mask     uint8 [T]      causal-lm: 1 where a token is learned (answers and their EOS)
-    answer_start  int64 [N]      causal-lm: position within the row of its last answer's first token
+    loss_mask     uint8 [T]      causal-lm: 1 where a token is learned (answers and their EOS);
+                                 seq2seq: in the target
+    answer_start  int64 [N]      position within the row: causal-lm: of its last answer's first
+                                 token; seq2seq: where the source ends and the target begins
     labels        int64 [N]      of a whole row: index into labels.json
     token_labels  int32 [T]      token-classification: index into labels.json, or IGNORED
     token_chars   int32 [T, 2]   token-classification: the token's characters in its text, the end

@@ -6,13 +6,15 @@ two, every other) shows as several runs of blocks that are alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from torch import nn
+
+from tasks.train.loss import unwrapped
 
 #: Blocks of a run that are looked at; one more gives what each further one adds.
 FEW = 2
@@ -28,7 +30,7 @@ class Stack:
     runs: list[int]
 
     @contextmanager
-    def cut(self, kept: list[int]) -> Iterator[None]:
+    def cut(self, kept: Sequence[int]) -> Iterator[None]:
         """The model with the first `kept` blocks of each run alone."""
         chosen, start = [], 0
         for length, count in zip(self.runs, kept, strict=True):
@@ -40,6 +42,24 @@ class Stack:
             yield
         finally:
             setattr(self.parent, self.name, whole)
+
+
+@contextmanager
+def cut(stacks: list[Stack], kept: list[int]) -> Iterator[None]:
+    """The model with the first `kept` blocks of each run of each of its stacks alone."""
+    counts = iter(kept)
+    with ExitStack() as cuts:
+        for stack in stacks:
+            cuts.enter_context(stack.cut([next(counts) for _ in stack.runs]))
+        yield
+
+
+def stacks_of(model: nn.Module) -> list[Stack]:
+    """The stack of blocks, or that of an encoder and that of its decoder."""
+    inner = unwrapped(model)
+    pair = inner.config.is_encoder_decoder
+    parts = (inner.get_encoder(), inner.get_decoder()) if pair else (model,)
+    return [stack for stack in map(stack_of, parts) if stack is not None]
 
 
 def stack_of(model: nn.Module) -> Stack | None:

@@ -18,18 +18,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from schemas.recipe import Train
-from schemas.tasks import reads_images
+from schemas.tasks import is_packable, reads_images
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
-from tasks.cost.blocks import plans, stack_of
+from tasks.cost.blocks import cut, plans, stacks_of
 from tasks.cost.ledger import Ledger
 from tasks.cost.rows import FullRow, Load, load_of, longest_of
 from tasks.methods import soft
 from tasks.methods.course import Course
 from tasks.methods.method import trained
 from tasks.train import placement
-from tasks.train.batching import Batch, collate, collate_packed
+from tasks.train.batching import Batch
 from tasks.train.loss import backbone, loss_sum
+from tasks.train.pairs import batch_of
 from tasks.train.unpad import unpad
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -103,7 +104,7 @@ def dry_run(
     longest = longest_of(prepared, full.tokens)
     soft.check_room(model, longest)
     fast = placement.use_fast_attention(model, CPU, longest, task)
-    packed = fast and task == "causal-lm"
+    packed = fast and is_packable(task)
     if train.gradient_checkpointing and not packed:
         soft.check_checkpointing(model)
     whole = packed or soft.is_cache(model)
@@ -112,10 +113,7 @@ def dry_run(
     virtual = 0 if soft.is_cache(model) else soft.virtual_tokens(model)
     layout = placement.layout(train, CPU, packed, 0, unpadded, virtual)
     load = load_of(prepared, task, train, layout, full)
-    if packed:
-        batch = collate_packed(load.rows, load.micro_batch)
-    else:
-        batch = collate(load.rows, load.micro_batch, task, 0)
+    batch = batch_of(load.rows, load.micro_batch, task, layout)
     without_numbers(model)
     cost = whole_pass(model, batch, dtype)
     course = course_of(load.steps or MANY_STEPS)
@@ -126,12 +124,10 @@ def dry_run(
 
 def whole_pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
     """A pass through all blocks, from those of a few."""
-    stack = stack_of(model)
-    if stack is None:
-        return _pass(model, batch, dtype)
+    stacks = stacks_of(model)
     total = Pass(0, 0, 0, 0, 0, 0)
-    for kept, times in plans(stack.runs):
-        with stack.cut(kept):
+    for kept, times in plans([length for stack in stacks for length in stack.runs]):
+        with cut(stacks, kept):
             total += _pass(model, batch, dtype).times(times)
     return total
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from schemas.recipe import Evaluate
+from schemas.tasks import is_encoder_decoder, is_labelled
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
 from tasks.cost.dry import Pass
@@ -71,12 +72,18 @@ def inference(
     """
     frozen = (weight for weight in model.parameters() if not weight.requires_grad)
     held = weight_bytes(frozen) + shipped
-    if task != "causal-lm":
+    if is_labelled(task):
         return held / MIB
     rows, item = max(evaluate.batch_sizes), TORCH_DTYPES[dtype].itemsize
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     tokens = rows * (before + max(evaluate.prompt_lengths) + evaluate.max_new_tokens)
-    cache = 2 * config.num_hidden_layers * keys * width * tokens * item
+    layers = config.num_hidden_layers
+    if is_encoder_decoder(task):
+        # Of the prompts a decoder keeps keys and values too, for its attention to the encoder,
+        # and all of what that has made of them.
+        layers = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+        held += rows * max(evaluate.prompt_lengths) * config.hidden_size * item
+    cache = 2 * layers * keys * width * tokens * item
     return float(held + cache + rows * config.vocab_size * 4) / MIB

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.recipe import Train
-from schemas.tasks import TASKS
+from schemas.tasks import TASKS, is_encoder_decoder
 from tasks.core.tokens import TokenRows
 from tasks.train.batching import Layout, Plan, Rows, micro_batches
+from tasks.train.pairs import held_lengths
 from tasks.train.schedule import total_steps
 
 TOKENS = Path("tokens") / "train.safetensors"
@@ -45,11 +46,12 @@ def load_of(prepared: Path | None, task: str, train: Train, layout: Layout, full
     """The largest micro-batch and, from real rows, the steps."""
     rows = full_rows(layout.budget, full, task) if prepared is None else _read(prepared)
     plan = Plan(rows.lengths, train.batch_tokens, train.seed)
+    lengths = held_lengths(rows, task)
     steps = total_steps(train, plan.steps_per_epoch)
     parts = [
         part
         for step in plan.epoch(0)[: min(steps, LOOKED_AT)]
-        for part in micro_batches(step, rows.lengths, layout)
+        for part in micro_batches(step, lengths, layout)
     ]
     largest = max(parts, key=lambda part: kept_by(rows.lengths[part]))
     if prepared is None:
@@ -75,15 +77,19 @@ def mean_of(prepared: Path | None, max_length: int) -> float:
 
 
 def full_rows(tokens: int, full: FullRow, task: str) -> TokenRows:
-    """As many such rows as one forward pass may have, every token learned."""
-    length = full.tokens if full.pixels else min(full.tokens, tokens)
+    """As many such rows as one forward pass may have, every token learned; of pairs rows of two
+    sides of that length, of which the second is learned."""
+    pairs = is_encoder_decoder(task)
+    length = full.tokens if full.pixels else min(full.tokens * (1 + pairs), tokens)
     count = max(1, tokens // length)
+    place = np.arange(count * length) % length
     zeros = np.zeros(count * length, dtype=np.int32)
     return TokenRows(
         input_ids=zeros,
         offsets=np.arange(count + 1) * length,
         source_rows=np.arange(count),
-        loss_mask=np.ones(count * length, dtype=np.uint8),
+        loss_mask=(place >= length // 2 if pairs else place >= 0).astype(np.uint8),
+        answer_start=np.full(count, length // 2),
         labels=np.zeros(count, dtype=np.int64),
         token_labels=zeros if TASKS[task].labels == "token" else None,
         values=np.zeros((full.pixels[0], 256), np.float32) if full.pixels else None,

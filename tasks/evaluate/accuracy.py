@@ -25,7 +25,7 @@ from tasks.core.models import load_tokenizer
 from tasks.core.pictures import data_uri
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
-from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object
+from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object, rouge_l
 from tasks.evaluate.generate import generate, stop_ids
 from tasks.evaluate.prompted import Prompted
 from tasks.evaluate.scoring import answer_losses, class_logits, token_scores
@@ -215,6 +215,11 @@ def score_answers(
     generated = [predictions[index] for index in chosen_G]
     right_G = np.array([line["right"] for line in generated])
     statistics["exact_match"] = bootstrap.mean(right_G)
+    words = ""
+    if "rouge_l" in TASKS[subject.task].metrics:
+        shared_G = [rouge_l(line["expected"], line["got"]) for line in generated]
+        statistics["rouge_l"] = bootstrap.mean(np.array(shared_G))
+        words = "rouge_l: F1 of the longest common subsequence of words, mean over rows; "
     counts = object_counts(generated)
     if counts is not None:
         statistics["field_f1"] = bootstrap.f1(*counts.T)
@@ -222,7 +227,7 @@ def score_answers(
         f"{len(generated)} of {len(rows)} rows generated, greedily, at most "
         f"{evaluate.max_new_tokens} tokens; exact_match: equal text but for white space at the "
         "ends; field_f1: path and value of each JSON leaf, micro-averaged, an answer that is no "
-        "JSON object has none; loss: nats per answer token, its end included, over all rows"
+        f"JSON object has none; {words}loss: nats per answer token, its end included, over all rows"
     )
     return Scores(intervals(statistics, evaluate), statistics, predictions, how)
 

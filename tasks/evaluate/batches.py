@@ -117,6 +117,12 @@ def base_of(model: torch.nn.Module) -> torch.nn.Module:
     return inner
 
 
+def is_pair_model(model: torch.nn.Module) -> bool:
+    """Whether an encoder reads and a decoder writes, so that a row is a source and a target."""
+    config: Any = base_of(model).config
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
 def pad_id_of(model: torch.nn.Module) -> int:
     """The id that fills up rows. A model without one gets 0, which the mask hides.
 

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from schemas.candidates import Full
 from schemas.recipe import Train
 from schemas.report import Computation, CurvePoint
+from schemas.tasks import is_encoder_decoder, is_packable
 from schemas.together import Candidate
 from tasks.core import runtime
 from tasks.core.flops import FlopCounter
@@ -33,6 +35,7 @@ from tasks.core.progress import bar, warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.batches import Inputs, left_padded, right_padded, run_on
 from tasks.evaluate.latency import quiet, wait
+from tasks.evaluate.pairs import pair_inputs, sides
 from tasks.evaluate.scoring import masked_losses
 from tasks.evaluate.subject import Subject
 from tasks.methods.fused import fuse_lora
@@ -61,7 +64,7 @@ HOW = (
 @dataclass(frozen=True)
 class MicroBatch:
     """Unpadded rows, and what is to be learned of them: columns [B, T], or labels of the N rows
-    or of the N tokens. tokens: of all rows."""
+    or of the N tokens; of pairs the N tokens of the targets. tokens: of all rows, on both sides."""
 
     inputs: Inputs
     tokens: int
@@ -118,14 +121,17 @@ def measure(subject: Subject, model: torch.nn.Module, rows: TokenRows, train: Tr
 def micro_batch(rows: TokenRows, task: str, tokens: int) -> MicroBatch:
     """About `tokens` tokens of the rows nearest the median length, cut to the shortest of them.
 
-    A causal row loses the start of its prompt, a classified text its end.
+    A causal row loses the start of its prompt, a classified text its end; of pairs both sides lose
+    theirs.
     """
     lengths = rows.lengths
     median = max(2, int(np.median(lengths)))
     nearest = np.argsort(np.abs(lengths - median), kind="stable")[: max(1, tokens // median)]
     width = int(lengths[nearest].min())
+    if is_encoder_decoder(task):
+        return pair_batch(rows, nearest)
     count = width * len(nearest)
-    if task == "causal-lm":
+    if is_packable(task):
         cut = [rows.row(index)[-width:] for index in nearest]
         learned_BT = np.stack([rows.mask(index)[-width:] for index in nearest]).astype(bool)
         learned_BT[:, 0] = False  # nothing stands before it
@@ -141,6 +147,17 @@ def micro_batch(rows: TokenRows, task: str, tokens: int) -> MicroBatch:
         return MicroBatch(inputs, count, labels_N=torch.from_numpy(np.concatenate(cut)).long())
     assert rows.labels is not None
     return MicroBatch(inputs, count, labels_N=torch.from_numpy(rows.labels[nearest]))
+
+
+def pair_batch(rows: TokenRows, nearest: NDArray[np.int64]) -> MicroBatch:
+    """Sources and targets, each cut to the shortest of theirs."""
+    both = zip(*(sides(rows, index) for index in nearest), strict=True)
+    sources, targets = ([row[: min(map(len, side))] for row in side] for side in both)
+    # Any token can stand for the start: what is timed does not depend on it.
+    inputs = pair_inputs(sources, targets, pad_id=0, start_id=0)
+    count = sum(map(len, sources)) + sum(map(len, targets))
+    labels_N = torch.from_numpy(np.concatenate(targets)).long()
+    return MicroBatch(inputs, count, labels_N=labels_N)
 
 
 def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """Greedy answers for many prompts at once.
 
-Rows are padded on the left within groups of similar length; rows that have ended leave the
-batch, so a group costs its unfinished rows and not its longest. In float32 the answers are those
-of one prompt at a time: padding is masked out and positions count from each row's first token.
+Rows are padded within groups of similar length; rows that have ended leave the batch, so a group
+costs its unfinished rows and not its longest. In float32 the answers are those of one prompt at a
+time: padding is masked out and positions count from each row's first token.
 
-Shapes: B rows still writing, T prompt positions.
+Shapes: B rows still writing, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,15 +18,8 @@ import torch
 
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
-from tasks.evaluate.batches import (
-    Row,
-    base_of,
-    by_length,
-    context_limit,
-    left_padded,
-    pad_id_of,
-    run_on,
-)
+from tasks.evaluate.batches import Row, base_of, by_length, pad_id_of
+from tasks.evaluate.writing import padded_prompts, room_of, writer_of
 
 #: Prompt and answer tokens whose keys and values one batch may hold.
 CACHE_TOKENS = 32768
@@ -93,24 +86,16 @@ def generate(
 def generate_batch(
     model: torch.nn.Module, prompts: Sequence[Row], stops: frozenset[int], max_new_tokens: int
 ) -> list[Answer]:
-    """The greedy answers of one left-padded batch."""
-    device = next(model.parameters()).device
-    inputs = left_padded(prompts, pad_id_of(model))
-    mask_BT = inputs["attention_mask"].to(device)
-    position_B = inputs["position_ids"][:, -1].to(device)
-    limit = context_limit(model)
-    room = [
-        max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
-        for prompt in prompts
-    ]
+    """The greedy answers of one batch."""
+    writer = writer_of(model, padded_prompts(model, prompts, pad_id_of(model)))
+    room = room_of(model, prompts, max_new_tokens)
     tokens: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
     rows = list(range(len(prompts)))  # the prompt of each row of the batch
 
-    output = run_on(model, inputs, logits_to_keep=1, use_cache=True)
+    logits_BV = writer.read()
     while True:
-        cache = output.past_key_values
-        next_B = output.logits[:, -1].argmax(dim=-1)
+        next_B = logits_BV.argmax(dim=-1)
         going: list[int] = []
         for place, token in enumerate(next_B.tolist()):
             index = rows[place]
@@ -125,22 +110,7 @@ def generate_batch(
         if not going:
             return [Answer(*answer) for answer in zip(tokens, stopped, strict=True)]
         # Copying the cache costs about a step, so ended rows leave by halves, not one by one.
-        if len(going) <= len(rows) // 2 and hasattr(cache, "batch_select_indices"):
-            kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
-            mask_BT, position_B, next_B = mask_BT[kept], position_B[kept], next_B[kept]
+        if len(going) <= len(rows) // 2 and writer.keep(going):
+            next_B = next_B[going]
             rows = [rows[place] for place in going]
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
-        # A row that has ended but not left writes on unread, and stays within the known positions.
-        position_B = position_B + 1 if limit is None else (position_B + 1).clamp(max=limit - 1)
-        output = run_on(
-            model,
-            {
-                "input_ids": next_B[:, None],
-                "attention_mask": mask_BT,
-                "position_ids": position_B[:, None],
-            },
-            past_key_values=cache,
-            logits_to_keep=1,
-            use_cache=True,
-        )
+        logits_BV = writer.write(next_B)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import permutations, product
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 
 from schemas.recipe import Evaluate
 from schemas.report import Interval, Latency
-from schemas.tasks import reads_images
+from schemas.tasks import is_encoder_decoder, is_labelled, reads_images
 from tasks.core.progress import bar, warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import workload
 from tasks.evaluate.batches import Inputs, run_on
+from tasks.evaluate.writing import writer_of
 
 #: Tokens decoded after each prefill: enough for a steady p95 without leaving the prompt's length.
 DECODE_TOKENS = 4
@@ -43,11 +45,13 @@ def how(evaluate: Evaluate, task: str, threads: int) -> str:
     """The measurement in words."""
     decoded = (
         f", then {DECODE_TOKENS} greedy tokens with the cache, each timed by itself"
-        if task == "causal-lm"
+        if not is_labelled(task)
         else " (a classification decodes nothing)"
     )
     lengths = " or ".join(str(length) for length in evaluate.prompt_lengths)
     read = "images" if reads_images(task) else f"{lengths} prompt tokens"
+    if is_encoder_decoder(task):
+        read += " by the encoder, and over the decoder's start token"
     return (
         f"forward pass over {read}{decoded}; "
         f"{WARM_UPS} warm-ups, {evaluate.repeats} repeats, models taking turns in one process "
@@ -124,42 +128,26 @@ def fit(model: torch.nn.Module, tokens: int) -> int:
 
 
 def time_once(model: torch.nn.Module, batch: Inputs, task: str, sink: Times) -> None:
-    """One prefill and, for a causal model, a few tokens after it."""
+    """One prefill and, where answers are generated, a few tokens after it."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    if task != "causal-lm":
-        _, elapsed = timed(model, batch, device)
+    if is_labelled(task):
+        _, elapsed = timed(partial(run_on, model, batch), device)
         sink.prefill.append(elapsed)
         return
-    output, elapsed = timed(model, batch, device, logits_to_keep=1, use_cache=True)
+    writer = writer_of(model, batch)
+    logits_BV, elapsed = timed(writer.read, device)
     sink.prefill.append(elapsed)
-    mask, position = batch["attention_mask"], batch["position_ids"][:, -1:]
     for _ in range(DECODE_TOKENS):
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position + 1
-        step = {
-            "input_ids": output.logits[:, -1:].argmax(dim=-1),
-            "attention_mask": mask,
-            "position_ids": position,
-        }
-        output, elapsed = timed(
-            model,
-            step,
-            device,
-            past_key_values=output.past_key_values,
-            logits_to_keep=1,
-            use_cache=True,
-        )
+        logits_BV, elapsed = timed(partial(writer.write, logits_BV.argmax(dim=-1)), device)
         sink.token.append(elapsed)
 
 
-def timed(
-    model: torch.nn.Module, batch: Inputs, device: torch.device, **options: Any
-) -> tuple[Any, float]:
-    """A forward pass and its milliseconds, waiting for the device."""
+def timed(step: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What a step gives, and its milliseconds, waiting for the device."""
     wait(device)
     start = time.perf_counter()
-    output = run_on(model, batch, **options)
+    output = step()
     wait(device)
     return output, (time.perf_counter() - start) * 1e3
 

@@ -10,12 +10,13 @@ import torch
 
 from schemas.report import CriteriaReport, Latency
 from schemas.stages import EvaluateSpec
-from schemas.tasks import TASKS
+from schemas.tasks import TASKS, is_labelled
 from tasks.core import runtime
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
 from tasks.evaluate import accuracy, computation, latency, memory, probes, storage, swapping
-from tasks.evaluate.batches import classified, run_on
+from tasks.evaluate.batches import run_on
+from tasks.evaluate.pairs import first_rows
 from tasks.evaluate.probes import Probe
 from tasks.evaluate.prompted import asking
 from tasks.evaluate.subject import Subject, read_subject
@@ -87,12 +88,12 @@ def warn_if_base(model: torch.nn.Module, base: torch.nn.Module, prepared: Path) 
     if model is base:
         return
     rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
-    few = range(min(len(rows), 8))
+    few = first_rows(model, rows, 8)
     with torch.inference_mode():
-        own, other = (run_on(each, classified(rows, few, each)).logits for each in (model, base))
+        own, other = (run_on(each, few).logits for each in (model, base))
     if torch.equal(own, other):
         warn(
-            f"on the first {len(few)} test rows the subject's logits are the base's, bit for bit: "
+            f"on the first {len(own)} test rows the subject's logits are the base's, bit for bit: "
             "what it learned is not applied, or too little for this dtype"
         )
 
@@ -101,7 +102,7 @@ def retention(
     subject: Subject, model: torch.nn.Module, base: torch.nn.Module, prepared: Path
 ) -> tuple[float | None, float | None]:
     """Loss on general text of the subject and of its base, or None: nothing to measure it with."""
-    if subject.task != "causal-lm":
+    if is_labelled(subject.task):
         return None, None
     before = accuracy.retention_loss(base, prepared, "retention of the base")
     if model is base:
@@ -136,7 +137,7 @@ def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
     """Each criterion's measurement in words."""
     retained = (
         "retention: loss per token of general text, minus the base's"
-        if spec.task == "causal-lm"
+        if not is_labelled(spec.task)
         else f"retention: {NO_RETENTION[TASKS[spec.task].reads]}"
     )
     return {

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, LlamaConfig, ViTConfig
+from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig
 
 from schemas.stages import EvaluateSpec
-from schemas.tasks import TASKS, is_labelled, reads_images
+from schemas.tasks import TASKS, is_encoder_decoder, is_labelled, reads_images
 from tasks.core import quantised, runtime
 from tasks.core.models import MODEL_CLASSES, load_config, load_trained, model_on_meta
 from tasks.core.quantised import Quantisation
@@ -35,11 +35,15 @@ from tasks.evaluate.subject import read_subject
 #: What a toy of each task is.
 TOYS: dict[str, Any] = {task: BertConfig if is_labelled(task) else LlamaConfig for task in TASKS}
 TOYS |= {task: ViTConfig for task in TASKS if reads_images(task)}
+TOYS |= {task: T5Config for task in TASKS if is_encoder_decoder(task)}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+#: The same in T5's own words.
+PAIR_SIZES = {"d_model": 64, "num_layers": 2, "num_heads": 2, "d_kv": 32, "d_ff": 128}
 
 
 def how(spec: EvaluateSpec) -> str:
     """The measurement in words."""
-    if spec.task == "causal-lm":
+    if not is_labelled(spec.task):
         longest = max(spec.evaluate.prompt_lengths)
         work = (
             f"{max(spec.evaluate.batch_sizes)} prompts of {longest} tokens, "
@@ -84,7 +88,7 @@ def work(model: torch.nn.Module, spec: EvaluateSpec, rows: TokenRows, more: int 
 
     more: tokens that its examples add to a prompt.
     """
-    if spec.task == "causal-lm":
+    if not is_labelled(spec.task):
         new = spec.evaluate.max_new_tokens
         length = workload.prompt_length(model, max(spec.evaluate.prompt_lengths) + more, new)
         prompts = workload.prompts(rows, max(spec.evaluate.batch_sizes), length)
@@ -125,13 +129,11 @@ def toy(task: str, rows: TokenRows) -> Any:
         reads["patch_size"] = max(1, height // 4)
     else:
         reads = {"vocab_size": 64, "max_position_embeddings": max(1024, int(rows.lengths.max()))}
-    config = TOYS[task](
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        **reads,
-    )
+    if is_encoder_decoder(task):
+        sizes: dict[str, Any] = {**PAIR_SIZES, "decoder_start_token_id": 0}
+    else:
+        sizes = {**SIZES, "intermediate_size": 128}
+    config = TOYS[task](**sizes, **reads)
     return MODEL_CLASSES[task].from_config(config)
 
 

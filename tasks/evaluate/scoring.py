@@ -23,10 +23,12 @@ from tasks.evaluate.batches import (
     base_of,
     by_length,
     classified,
+    is_pair_model,
     left_padded,
     pad_id_of,
     run_on,
 )
+from tasks.evaluate.pairs import pair_losses
 
 #: Logits in one forward pass: 2**26 of them are 256 MiB in float32.
 BATCH_LOGITS = 2**26
@@ -38,11 +40,10 @@ def answer_losses(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The summed cross entropy (nats) and the number of learned tokens of each row, both [N].
 
-    Teacher forcing: each learned token is predicted from the true tokens before it. Rows are
-    padded on the left, so that answers end in the same column and the head computes only the
-    columns that hold one. Softmax and sum are in float32 and float64, whatever the model's dtype.
+    Teacher forcing: each learned token is predicted from the true tokens before it. Softmax and
+    sum are in float32 and float64, whatever the model's dtype.
     """
-    pad_id = pad_id_of(model)
+    losses = pair_losses if is_pair_model(model) else continued_losses
     config: Any = base_of(model).config
     vocabulary = int(config.get_text_config().vocab_size)
     budget = max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary))
@@ -50,20 +51,29 @@ def answer_losses(
     tokens_N = np.zeros(len(rows), dtype=np.int64)
     with bar(label, len(rows), "rows") as progress:
         for group in by_length(rows.lengths, max_tokens=budget):
-            tokens = [rows.row(index) for index in group]
-            inputs = left_padded(tokens, pad_id)
-            learned_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-            for place, index in enumerate(group):
-                mask = rows.mask(index).astype(bool)
-                # Nothing stands before a row's first token, so nothing predicts it.
-                learned_BT[place, learned_BT.shape[1] - len(mask) + 1 :] = torch.from_numpy(
-                    mask[1:]
-                )
-            loss_B = masked_losses(model, inputs, learned_BT)
+            loss_B, tokens_B = losses(model, rows, group)
             loss_N[group] = loss_B.double().cpu().numpy()
-            tokens_N[group] = learned_BT.sum(dim=1).numpy()
+            tokens_N[group] = tokens_B.cpu().numpy()
             progress.advance(len(group))
     return loss_N, tokens_N
+
+
+def continued_losses(
+    model: torch.nn.Module, rows: TokenRows, group: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross entropy of what each row learns, float64 [B], and its tokens, [B], by a
+    decoder alone.
+
+    Rows are padded on the left, so that answers end in the same column and the head computes only
+    the columns that hold one.
+    """
+    inputs = left_padded([rows.row(index) for index in group], pad_id_of(model))
+    learned_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for place, index in enumerate(group):
+        mask = rows.mask(index).astype(bool)
+        # Nothing stands before a row's first token, so nothing predicts it.
+        learned_BT[place, learned_BT.shape[1] - len(mask) + 1 :] = torch.from_numpy(mask[1:])
+    return masked_losses(model, inputs, learned_BT), learned_BT.sum(dim=1)
 
 
 def masked_losses(

@@ -22,8 +22,9 @@ from schemas.report import Swapping
 from tasks.core import adapters, quantised, runtime
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
-from tasks.evaluate.batches import classified, run_on
+from tasks.evaluate.batches import run_on
 from tasks.evaluate.latency import quiet, wait
+from tasks.evaluate.pairs import first_rows
 from tasks.evaluate.subject import Subject
 
 ADAPTERS = 10
@@ -123,7 +124,7 @@ def median_swap_ms(pool: torch.nn.Module) -> float:
 def comes_back(pool: torch.nn.Module, fresh: torch.nn.Module, rows: TokenRows) -> bool:
     """Whether the first adapter, after all others have had their turn and worked, gives the
     logits of a fresh load. Another one must give others, or nothing was swapped."""
-    batch = classified(rows, range(min(len(rows), ROWS)), fresh)
+    batch = first_rows(fresh, rows, ROWS)
     expected = run_on(fresh, batch).logits
     for name in NAMES[1:]:
         adapters.activate(pool, name)

@@ -9,8 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from schemas.tasks import is_packable
 from tasks.core.tokens import TokenRows
-from tasks.evaluate.batches import Inputs, context_limit, left_padded, right_padded
+from tasks.evaluate.batches import (
+    Inputs,
+    context_limit,
+    is_pair_model,
+    left_padded,
+    right_padded,
+)
 
 
 def prompts(rows: TokenRows, batch_size: int, prompt_tokens: int) -> list[NDArray[np.int32]]:
@@ -26,10 +33,13 @@ def inputs(rows: TokenRows, task: str, batch_size: int, prompt_tokens: int) -> I
         first = np.resize(np.arange(len(rows)), batch_size)
         return {"pixel_values": torch.from_numpy(rows.images(first))}
     block = prompts(rows, batch_size, prompt_tokens)
-    return left_padded(block, 0) if task == "causal-lm" else right_padded(block, 0)
+    return left_padded(block, 0) if is_packable(task) else right_padded(block, 0)
 
 
 def prompt_length(model: torch.nn.Module, wanted: int, new_tokens: int) -> int:
-    """`wanted`, or as much of it as leaves room for `new_tokens` in the model's context."""
+    """`wanted`, or as much of it as leaves room for `new_tokens` in the model's context. What a
+    decoder writes takes none of its encoder's."""
     limit = context_limit(model)
-    return wanted if limit is None else max(1, min(wanted, limit - new_tokens))
+    if limit is None:
+        return wanted
+    return max(1, min(wanted, limit if is_pair_model(model) else limit - new_tokens))

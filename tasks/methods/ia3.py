@@ -25,12 +25,14 @@ PLACE = "candidates[method=ia3]"
 #: attention beside the feed-forward's.
 GATED = (r"[kv]_proj", r"down_proj")
 PLAIN = (r"[kv]_proj", r"fc2")
+T5 = (r"(Self|EncDec)Attention\.[kv]", r"wo")
 BERT = (r"attention\.self\.(key|value)", r"layer\.\d+\.output\.dense")
 KINDS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"), GATED),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GATED),
     **dict.fromkeys(("opt", "phi", "bart"), PLAIN),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
+    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
     **dict.fromkeys(("vit", "deit", "beit", "dinov2", "dinov2_with_registers"), PLAIN),
     "distilbert": (r"[kv]_lin", r"ffn\.lin2"),
 }

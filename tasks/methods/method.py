@@ -21,6 +21,7 @@ from tasks.methods.course import Course
 #: PEFT's words for the tasks. It has none for images: its plain wrapper takes what the base takes.
 TASK_TYPES: dict[str, TaskType | None] = {
     "causal-lm": TaskType.CAUSAL_LM,
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "sequence-classification": TaskType.SEQ_CLS,
     "token-classification": TaskType.TOKEN_CLS,
     "image-classification": None,

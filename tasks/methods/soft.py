@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from schemas.candidates import SoftPrompt
 from schemas.errors import StageError, UserError
+from schemas.tasks import is_labelled
 from tasks.methods.course import Course
 from tasks.methods.method import place, task_settings
 
@@ -77,13 +78,13 @@ def check_base(model: PreTrainedModel, place: str, task: str, needs_cache: bool)
             "values, so that virtual tokens get out of sight",
             "use method: lora or bottleneck, or a base whose layers see the whole row",
         )
-    readers = (model, model.base_model) if task != "causal-lm" else (model,)
-    if (needs_cache or task == "causal-lm") and not any(map(_takes_cache, readers)):
+    readers = (model, model.base_model) if is_labelled(task) else (model,)
+    if (needs_cache or not is_labelled(task)) and not any(map(_takes_cache, readers)):
         raise UserError.at(
             f"{place}.method",
             f"{config.model_type} takes no keys and values from before a row",
             "use method: prompt_tuning, p_tuning, lora or bottleneck"
-            if task != "causal-lm"
+            if is_labelled(task)
             else "use method: lora or bottleneck",
         )
 

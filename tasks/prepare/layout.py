@@ -7,7 +7,7 @@ import difflib
 from schemas.errors import UserError
 from schemas.recipe import Source
 from schemas.rows import COLUMNS, Kind
-from schemas.tasks import TASKS, Reads, Task
+from schemas.tasks import Task, is_encoder_decoder
 from tasks.prepare.blocks import Layout
 from tasks.prepare.sources import Readable
 
@@ -22,12 +22,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "image": ("img", "picture", "photo", "file_name", "filename", "file", "path"),
 }
 
-#: What is read and what has a label: the kinds of rows, the preferred first.
-KINDS: dict[tuple[Reads, str | None], list[Kind]] = {
-    ("text", None): ["chat", "completion"],
-    ("text", "row"): ["label"],
-    ("text", "token"): ["spans"],
-    ("image", "row"): ["image"],
+#: The kinds of rows of each task, the preferred first.
+KINDS: dict[Task, list[Kind]] = {
+    "causal-lm": ["chat", "completion"],
+    "seq2seq": ["completion"],
+    "sequence-classification": ["label"],
+    "token-classification": ["spans"],
+    "image-classification": ["image"],
 }
 
 #: Columns that an error lists by name before it counts the rest.
@@ -87,10 +88,9 @@ def find_layout(task: Task, split: str, source: Source, readable: Readable) -> L
 
 def kinds_of(task: Task, split: str) -> list[Kind]:
     """The kinds of rows that a split may hold, the preferred first."""
-    if split == "retention":
+    if split == "retention" and not is_encoder_decoder(task):
         return ["text"]
-    what = TASKS[task]
-    return KINDS[what.reads, what.labels]
+    return KINDS[task]
 
 
 def closest_kind(kinds: list[Kind], sources: dict[str, str], columns: list[str]) -> Kind:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from schemas.errors import UserError
 from schemas.recipe import Data
 from schemas.rows import TEXTS, Kind
-from schemas.tasks import Task, is_labelled
+from schemas.tasks import Task, is_encoder_decoder, is_labelled
 from tasks.core.progress import warn
 from tasks.prepare.compose import ComposedTemplate
 from tasks.prepare.render import ChatTemplate, render_plain
@@ -35,7 +35,7 @@ class Reader:
         return self.data.max_length
 
     def rules(self, kind: Kind) -> Rules:
-        add_special = kind in TEXTS or self.template == "plain"
+        add_special = self.template != "chat" or kind in TEXTS
         return Rules(
             max_length=self.data.max_length,
             on_overflow=self.data.on_overflow,
@@ -51,6 +51,8 @@ class Reader:
         if kind in TEXTS:
             return TextRules()
         stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stops))
+        if self.template == "none":
+            return TextRules(stop_words=stops)
         if self.template == "plain":
             return TextRules(render_plain, [], stops)
         render = (ComposedTemplate if compose else ChatTemplate)(self.tokenizer)
@@ -98,6 +100,9 @@ def open_reader(base: Path, task: Task, data: Data, kinds: set[Kind]) -> Reader:
             "its tokenizer has no EOS token, so that an answer would never end",
             "set eos_token in tokenizer_config.json",
         )
+    if is_encoder_decoder(task):
+        refuse_template(data)
+        return Reader(tokenizer, backend, "none", data, stop_tokens(tokenizer, base))
     template = choose_template(tokenizer, base, data, kinds)
     return Reader(tokenizer, backend, template, data, stop_tokens(tokenizer, base))
 
@@ -112,6 +117,17 @@ def check_length(base: Path, max_length: int) -> None:
             "data.max_length",
             f"{max_length} tokens, but the base reads at most {positions}",
             f"write `max_length: {positions}` or less",
+        )
+
+
+def refuse_template(data: Data) -> None:
+    """Raise a UserError where a template is asked for, but prompt and completion are read apart."""
+    if data.template != "auto":
+        raise UserError.at(
+            "data.template",
+            f"`{data.template}` writes prompt and completion as one text, and in seq2seq an "
+            "encoder reads the prompt alone",
+            "leave it out; what is to stand around a prompt belongs into the rows",
         )
 
 

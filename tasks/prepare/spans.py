@@ -7,7 +7,7 @@ prompt and answer belongs to the answer, and is counted: the prompt alone ends i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tasks.prepare.locate import Located
 from tasks.prepare.render import Rendered
@@ -93,6 +93,30 @@ def causal_row(
     counts.merged_borders += merged
     counts.prompts_differ += rendered.prompt_differs
     return ids, spans, truncated
+
+
+def pair_row(source: Any, target: Any, rules: Rules) -> tuple[list[int], list[Span], bool]:
+    """The tokens of a prompt and, behind them, of its completion; what is learned, which is all of
+    the completion with its stop token; and whether the prompt was cut.
+
+    Each is as the tokenizer writes a text by itself, and each has `max_length` for itself: an
+    encoder and a decoder do not share positions. A completion is never cut.
+
+    Args:
+        source, target: encodings of the `tokenizers` library.
+
+    Raises:
+        Unfit: too long, or no token on either side.
+    """
+    if not source.ids:
+        raise Unfit("empty_prompt")
+    if len(target.ids) <= sum(target.special_tokens_mask):
+        raise Unfit("no_answer_token")
+    ids, cut = cut_text(source.ids, rules)
+    answer = target.ids if target.ids[-1] in rules.stops else [*target.ids, rules.eos]
+    if len(answer) > rules.max_length:
+        raise Unfit(f"too_long:{len(answer)}")
+    return [*ids, *answer], [(len(ids), len(ids) + len(answer))], cut
 
 
 def token_at(encoding: Located, char: int, limit: int) -> int | None:

@@ -27,7 +27,7 @@ from tasks.core.tokens import TokenRows
 from tasks.prepare.locate import Located, byte_tokens
 from tasks.prepare.records import Span as RowSpan
 from tasks.prepare.render import Render, Rendered, TemplateRefused
-from tasks.prepare.spans import Counts, Rules, Span, Unfit, causal_row, cut_text
+from tasks.prepare.spans import Counts, Rules, Span, Unfit, causal_row, cut_text, pair_row
 from tasks.prepare.tags import Tags
 
 #: Rows that are encoded at a time: enough for all cores, few enough to stay in their caches.
@@ -39,7 +39,8 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class TextRules:
-    """How rows become text. render: None for rows that are a text already.
+    """How rows become text. render: None for rows that are a text already, or two, of which an
+    encoder reads one and a decoder writes the other.
 
     control_words: special tokens that no content may spell, lest it be read as the template's.
     stop_words: those that no completion may spell, lest it end early. (A plain prompt may.)
@@ -117,11 +118,13 @@ def tokenize_split(
             rows: list[list[int]] = []
             spans: list[list[Span]] = []
             good: list[int] = []
-            for index, encoding, rendered in batch.encoded(encodings):
+            for index, encoding, beside in batch.encoded(encodings):
                 try:
-                    if rendered is not None:
-                        where = located(encoding, rendered.text)
-                        ids, learned, cut = causal_row(where, rendered, rules, counts)
+                    if isinstance(beside, Rendered):
+                        where = located(encoding, beside.text)
+                        ids, learned, cut = causal_row(where, beside, rules, counts)
+                    elif beside is not None:
+                        ids, learned, cut = pair_row(encoding, beside, rules)
                     else:
                         ids, cut = cut_text(encoding.ids, rules)
                         learned = text_span(ids) if kind == "text" else []
@@ -163,17 +166,20 @@ def text_span(ids: list[int]) -> list[Span]:
 
 
 class Batch:
-    """Some rows of a split. indices: those that could be rendered; rendered: how, for each."""
+    """Some rows of a split. indices: those that are encoded; rendered: how, for each, where a
+    template or the like writes them."""
 
     def __init__(self, start: int, frame: pl.DataFrame) -> None:
         self.start, self.frame = start, frame
         self.indices: list[int] = list(range(len(frame)))
         self.rendered: list[Rendered] = []
 
-    def encoded(self, encodings: list[Any]) -> Iterator[tuple[int, Any, Rendered | None]]:
-        """Place in the frame, encoding and rendering of each row that was encoded."""
-        rendered: Sequence[Rendered | None] = self.rendered or [None] * len(encodings)
-        return zip(self.indices, encodings, rendered, strict=True)
+    def encoded(self, encodings: list[Any]) -> Iterator[tuple[int, Any, Any]]:
+        """Place in the frame and encoding of each row that was encoded, and what stands beside
+        it: how it was rendered, the encoding of its completion, or None."""
+        count = len(self.indices)
+        beside: Sequence[Any] = self.rendered or encodings[count:] or [None] * count
+        return zip(self.indices, encodings[:count], beside, strict=True)
 
     def marked(self, index: int) -> tuple[str, list[RowSpan]]:
         """The text of a row and its spans."""
@@ -185,9 +191,12 @@ class Batch:
         return self.frame["text"].to_list(), self.frame["spans"].to_list()
 
     def render(self, kind: Kind, text: TextRules, refused: dict[int, str]) -> list[str]:
-        """The texts to encode; rows that cannot be rendered are left out."""
+        """The texts to encode; rows that cannot be rendered are left out. Of pairs all prompts,
+        then all completions."""
         if text.render is None:
-            return self.frame["text"].to_list()
+            return (
+                self.pairs(text, refused) if kind == "completion" else self.frame["text"].to_list()
+            )
         self.indices = []
         for index, (roles, contents, forged) in enumerate(conversations(self.frame, kind, text)):
             if forged:
@@ -199,6 +208,15 @@ class Batch:
             except TemplateRefused as refusal:
                 refused[self.start + index] = f"template_refused:{refusal.args[0]}"
         return [rendered.text for rendered in self.rendered]
+
+    def pairs(self, text: TextRules, refused: dict[int, str]) -> list[str]:
+        """All prompts, then all completions. One that spells a stop would end there."""
+        forged = spells(self.frame["completion"], text.stop_words).to_numpy()
+        for index in np.flatnonzero(forged).tolist():
+            refused[self.start + index] = "control_token"
+        self.indices = np.flatnonzero(~forged).tolist()
+        kept = self.frame[self.indices]
+        return [*kept["prompt"].to_list(), *kept["completion"].to_list()]
 
 
 def conversations(

@@ -7,7 +7,7 @@ from typing import Any
 from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
-from schemas.tasks import TASKS, reads_images
+from schemas.tasks import TASKS, is_labelled, reads_images
 from tasks.core.shots import EXAMPLES
 
 #: Figures of the table, in its order; those that a report does not have are left out.
@@ -135,7 +135,7 @@ def limits(
             "- Train rows travel with it and stand in front of each prompt, as many as its "
             "context holds: an answer may repeat them."
         )
-    if spec.task == "causal-lm":
+    if not is_labelled(spec.task):
         lines.append(
             f"- Answers are greedy, of at most {spec.max_new_tokens} tokens; nothing checks "
             "that they are true."
@@ -152,7 +152,7 @@ def limits(
 
 
 def loading(spec: RegisterSpec, example: list[Any]) -> str:
-    params = ', params={"max_new_tokens": 64}' if spec.task == "causal-lm" else ""
+    params = ', params={"max_new_tokens": 64}' if not is_labelled(spec.task) else ""
     asked = '[open("image.png", "rb").read()]' if reads_images(spec.task) else repr(example[:1])
     return (
         "```python\n"

@@ -152,7 +152,7 @@ def describe_base(spec: RegisterSpec, base: Path) -> dict[str, Any]:
 
 def stop_ids(spec: RegisterSpec, paths: Paths) -> list[int]:
     """The tokens that end an answer: those the base names, and those that the rows end in."""
-    if spec.task != "causal-lm":
+    if is_labelled(spec.task):
         return []
     found: set[int] = set()
     generation = paths["base"] / "generation_config.json"

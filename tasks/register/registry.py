@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.errors import RetryableError, StageError, UserError
 from schemas.report import CriteriaReport
-from schemas.tasks import reads_images
+from schemas.tasks import is_labelled, reads_images
 from tasks.core.files import sha256_json
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def signature(task: str, max_new_tokens: int) -> Any:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     inputs = Schema([ColSpec("binary" if reads_images(task) else "string")])
-    if task == "causal-lm":
+    if not is_labelled(task):
         params = ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)])
         return ModelSignature(inputs, Schema([ColSpec("string", "completion")]), params)
     if task == "token-classification":

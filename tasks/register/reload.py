@@ -26,8 +26,12 @@ ROWS = "rows.safetensors"
 def answer_request(model_uri: str, request: Path, answer: Path) -> None:
     """Write the logits of each row, and what the version itself makes of each that is sent."""
     served = registry.load_served(model_uri, os.environ["MLFLOW_TRACKING_URI"])
+    ends = json.loads((request / "ends.json").read_text())
     # One row at a time: padding changes sums, and the difference is to be zero.
-    logits = {str(index): served.logits([row])[0] for index, row in enumerate(read_rows(request))}
+    logits = {
+        str(index): served.logits([row[:end]], None if end is None else [row[end:]])[0]
+        for index, (row, end) in enumerate(zip(read_rows(request), ends, strict=True))
+    }
     save_file(
         {name: row.contiguous() for name, row in logits.items()}, answer / "logits.safetensors"
     )

@@ -5,10 +5,10 @@ adapters, or the examples of a prompt, with the content hash of the base), the t
 `serving.json`, which says what training used: the task, the template, the dtype, the tokens that
 end an answer.
 
-A causal model answers prompts: plain text, or a conversation as a JSON list of
-`{"role": …, "content": …}`. A classifier gives each text its label and that label's probability,
-or, where tokens have labels, the spans that it finds, as a JSON list. Images come as the bytes of
-a file (PNG, JPEG, …), in JSON as base64; a path is not read.
+A language model answers prompts: plain text, or, with a chat template, a conversation as a JSON
+list of `{"role": …, "content": …}`. A classifier gives each text its label and that label's
+probability, or, where tokens have labels, the spans that it finds, as a JSON list. Images come as
+the bytes of a file (PNG, JPEG, …), in JSON as base64; a path is not read.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -39,6 +40,7 @@ from transformers import (
 
 MODEL_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "image-classification": AutoModelForImageClassification,
@@ -72,19 +74,29 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if (package / "model" / "examples.safetensors").exists():
             self.examples = import_file(package / "examples.py").Examples(package / "model")
 
+    @property
+    def writes(self) -> bool:
+        """Whether answers are generated."""
+        return self.serving["task"] in ("causal-lm", "seq2seq")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads a prompt, and a decoder beside it writes the answer."""
+        return bool(self.serving["task"] == "seq2seq")
+
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """One row out for one row in: `completion`, `label` and `score`, or `spans`.
 
         model_input: MLflow makes a frame of a list, too; the first column counts.
-        params: max_new_tokens, for a causal model.
+        params: max_new_tokens, for a language model.
         """
         rows = list(model_input.iloc[:, 0])
         if self.processor is not None:
             return self.classify(rows)
         rows = [str(row) for row in rows]
-        if self.serving["task"] == "causal-lm":
+        if self.writes:
             longest = int((params or {}).get("max_new_tokens", self.serving["max_new_tokens"]))
             return pd.DataFrame({"completion": self.complete(rows, longest)})
         if self.serving["task"] == "token-classification":
@@ -101,7 +113,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 conversation(row), tokenize=False, add_generation_prompt=True
             )
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if self.serving["task"] != "causal-lm":
+        if self.encodes or not self.writes:
             return list(self.encode_whole(row)["input_ids"])
         encoded = self.tokenizer(row, return_special_tokens_mask=True)
         ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
@@ -111,7 +123,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return ids
 
     def encode_whole(self, row: str) -> Any:
-        """A text to classify, cut as in training, with the characters of each token."""
+        """A text to classify, or to be read by an encoder: cut as in training, with the characters
+        of each token."""
         return self.tokenizer(
             row,
             truncation=True,
@@ -138,13 +151,18 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             do_sample=False,
             eos_token_id=self.serving["stop_ids"],
             pad_token_id=self.pad_id,
+            decoder_start_token_id=self.model.config.decoder_start_token_id
+            if self.encodes
+            else None,
         )
+        # What the base's own settings say (beams, a first token, a length) was not evaluated.
+        getattr(self.model, "get_base_model", lambda: self.model)().generation_config = settings
         for batch in batches(prompts, self.batch_rows):
-            inputs = padded([prompts[row] for row in batch], self.pad_id, left=True)
+            inputs = padded([prompts[row] for row in batch], self.pad_id, left=not self.encodes)
             ids_BT, mask_BT = (tensor.to(self.device) for tensor in inputs)
             written_BT = self.model.generate(
                 input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings
-            )[:, ids_BT.shape[1] :]
+            )[:, 1 if self.encodes else ids_BT.shape[1] :]
             for row, ids in zip(batch, written_BT.tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if self.ends(token)), len(ids))
                 answers[row] = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -186,10 +204,19 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return found
 
     @torch.inference_mode()
-    def logits(self, rows: list[Any]) -> list[torch.Tensor]:
+    def logits(self, rows: list[Any], targets: list[list[int]] | None = None) -> list[torch.Tensor]:
         """The logits of each row of tokens (or pixels), float32: [T, vocabulary], [classes], or
-        [T, classes]."""
-        if self.serving["task"] == "causal-lm":
+        [T, classes]; of a decoder beside an encoder, those of each target.
+
+        targets: what it is to say, of which it reads all but the last behind its start token.
+        """
+        if targets is not None:
+            pairs = (
+                (torch.tensor([row], device=self.device), torch.tensor([said], device=self.device))
+                for row, said in zip(rows, targets, strict=True)
+            )
+            return [self.model(input_ids=i, labels=t).logits[0].float().cpu() for i, t in pairs]
+        if self.writes:
             alone = (torch.tensor([row], device=self.device) for row in rows)
             # Behind a soft prompt, PEFT gives logits of its virtual tokens too, in front.
             return [

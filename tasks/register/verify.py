@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from schemas.errors import StageError
-from schemas.tasks import reads_images
+from schemas.tasks import is_encoder_decoder, is_packable, reads_images
 from tasks.core.models import load_config, load_trained
 from tasks.core.shots import Shots, room_of
 from tasks.register.asked import Asked, held_out_rows
@@ -61,6 +61,10 @@ def reload(
         directory.mkdir(exist_ok=True)
     (request / "asked.json").write_text(json.dumps([in_json(row.text) for row in rows]))
     write_rows([row.tokens for row in rows], request)
+    # Where a row's source ends, if it is two.
+    pairs = is_encoder_decoder(serving["task"])
+    ends = [len(row.prompt) if pairs else None for row in rows]
+    (request / "ends.json").write_text(json.dumps(ends))
     # -P: a directory named `tasks` where the user stands must not be taken for ours.
     command = [
         sys.executable,
@@ -85,7 +89,7 @@ def reload(
         subprocess.Popen(command, env=environment, stdout=errors, stderr=errors) as child,
     ):
         try:
-            expected = expected_logits([row.tokens for row in rows], paths, serving)
+            expected = expected_logits(rows, paths, serving)
         except BaseException:
             child.kill()
             raise
@@ -127,7 +131,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def expected_logits(
-    rows: list[Any], paths: dict[str, Path], serving: dict[str, Any]
+    rows: list[Asked], paths: dict[str, Path], serving: dict[str, Any]
 ) -> list[torch.Tensor]:
     """What the finished entry gives, one row at a time, float32; shapes as `ServedModel.logits`."""
     model = load_trained(
@@ -137,9 +141,18 @@ def expected_logits(
         serving["labels"],
         serving["dtype"],
     )
-    name = "pixel_values" if reads_images(serving["task"]) else "input_ids"
-    logits = [model(**{name: torch.as_tensor(row)[None]}).logits[0].float() for row in rows]
-    if serving["task"] != "causal-lm":
+    logits = [model(**whole(row, serving["task"])).logits[0].float() for row in rows]
+    if not is_packable(serving["task"]):
         return logits
     # PEFT gives logits of the virtual tokens of a prompt too, in front.
-    return [logits_TV[-len(row) :] for logits_TV, row in zip(logits, rows, strict=True)]
+    return [logits_TV[-len(row.tokens) :] for logits_TV, row in zip(logits, rows, strict=True)]
+
+
+def whole(row: Asked, task: str) -> dict[str, torch.Tensor]:
+    """All of a row as its model takes it: a decoder beside an encoder shifts its labels itself."""
+    if not is_encoder_decoder(task):
+        name = "pixel_values" if reads_images(task) else "input_ids"
+        return {name: torch.as_tensor(row.tokens)[None]}
+    end = len(row.prompt)
+    source, target = row.tokens[:end], row.tokens[end:]
+    return {"input_ids": torch.tensor([source]), "labels": torch.tensor([target])}

@@ -9,7 +9,7 @@ Shapes: B rows, L the longest of them, N answer tokens (or rows, for classificat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from schemas.errors import UserError
+from schemas.tasks import TASKS, is_packable
 from tasks.core.entities import IGNORED
 from tasks.core.tokens import TokenRows
 
@@ -40,6 +41,7 @@ class Layout:
     pad_id: what fills.
     virtual: tokens of a soft prompt that every layer has in front of each row; 0 where they are
         keys and values that all rows share.
+    start_id: what a decoder beside an encoder begins with.
     """
 
     budget: int
@@ -47,20 +49,23 @@ class Layout:
     pad_id: int = 0
     unpadded: bool = False
     virtual: int = 0
+    start_id: int = 0
 
 
 @dataclass(frozen=True)
 class Batch:
     """One forward pass.
 
-    input_ids_BL: right-padded rows, or packed ones in a single row [1, T].
+    input_ids_BL: right-padded rows, or packed ones in a single row [1, T]; of pairs the sources.
     tokens: real tokens, padding excluded.
-    predict_N: for a causal task, positions in the flattened [B * L] whose next token is learned.
+    predict_N: where answers are generated, positions in the flattened [B * L], of pairs [B * D],
+        whose next token is learned.
     targets_N: those next tokens; for classification the label of each row, or of each position.
     attention_mask_BL: None where no real token can see padding.
     position_ids_BL: of packed rows, each of which starts at 0.
     row_ends: [rows + 1], from 0: where packed rows begin and end.
     pixel_values_BCHW: of images, in place of ids, which say no more than how many tokens there are.
+    decoder_input_ids_BD: of pairs what the decoder reads (`tasks/train/pairs.py`).
     """
 
     input_ids_BL: torch.Tensor
@@ -71,6 +76,7 @@ class Batch:
     position_ids_BL: torch.Tensor | None = None
     row_ends: torch.Tensor | None = None
     pixel_values_BCHW: torch.Tensor | None = None
+    decoder_input_ids_BD: torch.Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -79,23 +85,21 @@ class Batch:
             return {"pixel_values": self.pixel_values_BCHW}
         return {"input_ids": self.input_ids_BL, "attention_mask": self.attention_mask_BL}
 
+    @property
+    def positions(self) -> int:
+        """Tokens and padding that the forward pass goes over."""
+        decoded = self.decoder_input_ids_BD
+        return self.input_ids_BL.numel() + (0 if decoded is None else decoded.numel())
+
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return Batch(
-            self.input_ids_BL.to(device, non_blocking=True),
-            self.tokens,
-            move(self.predict_N),
-            move(self.targets_N),
-            move(self.attention_mask_BL),
-            move(self.position_ids_BL),
-            move(self.row_ends),
-            move(self.pixel_values_BCHW),
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -126,13 +130,16 @@ def micro_batches(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> lis
     """The rows of one step in as few parts as the layout's budget allows, each row once.
 
     No part is larger than the budget, but for a single row that is.
+
+    lengths: [rows], or [rows, 2] of sources and targets, which are padded apart.
     """
     lengths = lengths + layout.virtual
-    ordered = rows[np.argsort(-lengths[rows], kind="stable")]
+    whole = lengths.reshape(len(lengths), -1).sum(axis=1)
+    ordered = rows[np.argsort(-whole[rows], kind="stable")]
     cut = _packs if layout.packed else _equal_shares
-    count = min(-(-int(lengths[ordered].sum()) // layout.budget), len(ordered))
+    count = min(-(-int(whole[ordered].sum()) // layout.budget), len(ordered))
     while True:
-        parts = cut(ordered, lengths, count)
+        parts = cut(ordered, whole, count)
         if (
             count == len(ordered)
             or max(held_tokens(lengths[part], layout) for part in parts) <= layout.budget
@@ -160,7 +167,7 @@ def _packed_size(lengths: NDArray[np.int64]) -> int:
 
 
 def _padded_size(lengths: NDArray[np.int64]) -> int:
-    return int(lengths.max()) * len(lengths)
+    return int(lengths.max(axis=0).sum()) * len(lengths)
 
 
 def _unpadded_size(lengths: NDArray[np.int64]) -> int:
@@ -185,7 +192,7 @@ def _snake(number: Any, count: int) -> Any:
     return np.where(turn % 2 == 0, place, count - 1 - place)
 
 
-def _padded_length(length: int) -> int:
+def padded_length(length: int) -> int:
     align = LENGTH_ALIGN if length <= 64 else 4 * LENGTH_ALIGN
     return -(-length // align) * align
 
@@ -199,12 +206,12 @@ def collate(rows: TokenRows, index: Rows, task: str, pad_id: int) -> Batch:
     if rows.pixels is not None:
         return collate_images(rows, index)
     length_B = rows.lengths[index]
-    column_L = np.arange(_padded_length(int(length_B.max())))
+    column_L = np.arange(padded_length(int(length_B.max())))
     real_BL = column_L < length_B[:, None]
     flat_BL = np.where(real_BL, rows.offsets[index][:, None] + column_L, 0)
     input_ids_BL = np.where(real_BL, rows.input_ids[flat_BL], pad_id).astype(np.int64)
     tokens = int(length_B.sum())
-    if task == "causal-lm":
+    if is_packable(task):
         assert rows.loss_mask is not None
         # Causal attention never looks right, where the padding is: no mask.
         learned_BL = real_BL & (rows.loss_mask[flat_BL] != 0)
@@ -283,13 +290,14 @@ def answer_tokens(rows: TokenRows, task: str) -> NDArray[np.int64]:
     Raises:
         UserError: rows that teach nothing. Prepare refuses them, so the file was made elsewhere.
     """
-    if task != "causal-lm" and rows.token_labels is None:
+    if TASKS[task].labels == "row":
         return np.ones(len(rows), dtype=np.int64)
     if rows.token_labels is not None:
         learned = (rows.token_labels != IGNORED).astype(np.int64)
     else:
         assert rows.loss_mask is not None
         learned = rows.loss_mask.astype(np.int64)
+        # What a row begins with follows on nothing. (The target of a pair is behind its source.)
         learned[rows.offsets[:-1]] = 0
     counts = np.add.reduceat(learned, rows.offsets[:-1])
     empty = np.flatnonzero(counts == 0)

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from tasks.core.runtime import tensor_bytes
-from tasks.train.batching import Rows, held_tokens, micro_batches
+from tasks.train.batching import Rows, held_tokens
 from tasks.train.loop import Job
 from tasks.train.memory import MIB, saved_bytes
+from tasks.train.pairs import held_lengths
 
 
 def parts_mib(
@@ -46,11 +47,11 @@ def parts_mib(
 
 def largest_micro_batch(job: Job) -> Rows:
     """The rows of the micro-batch, of the whole run, that holds the most tokens."""
-    lengths, per_epoch = job.rows.lengths, job.plan.steps_per_epoch
+    lengths, per_epoch = held_lengths(job.rows, job.task), job.plan.steps_per_epoch
     steps = (
         rows
         for epoch in range(-(-job.steps // per_epoch))
         for rows in job.plan.epoch(epoch)[: job.steps - epoch * per_epoch]
     )
-    parts = (part for rows in steps for part in micro_batches(rows, lengths, job.layout))
+    parts = (part for rows in steps for part in job.micro_batches(rows))
     return max(parts, key=lambda part: held_tokens(lengths[part], job.layout))

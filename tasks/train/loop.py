@@ -24,9 +24,10 @@ from schemas.report import CurvePoint
 from tasks.core.progress import bar
 from tasks.core.tokens import TokenRows
 from tasks.methods.course import Course
-from tasks.train.batching import Batch, Layout, Rows, collate, collate_packed, micro_batches
+from tasks.train.batching import Batch, Layout, Rows, micro_batches
 from tasks.train.checkpoint import Checkpoints, RunState
 from tasks.train.loss import loss_sum
+from tasks.train.pairs import batch_of, held_lengths
 from tasks.train.schedule import learning_rate, total_steps, warmup_steps
 from tasks.train.watch import check_diverged, check_finite
 
@@ -66,9 +67,11 @@ class Job:
 
     def batch(self, rows: Rows) -> Batch:
         """The tensors of one micro-batch."""
-        if self.layout.packed:
-            return collate_packed(self.rows, rows, self.layout.pad_id)
-        return collate(self.rows, rows, self.task, self.layout.pad_id)
+        return batch_of(self.rows, rows, self.task, self.layout)
+
+    def micro_batches(self, rows: Rows) -> list[Rows]:
+        """The rows of one step, cut into forward passes."""
+        return micro_batches(rows, held_lengths(self.rows, self.task), self.layout)
 
 
 def train(
@@ -130,7 +133,7 @@ def _step(
     answers = int(job.answers[rows].sum())
 
     total = torch.zeros((), device=job.accelerator.device)
-    for part in micro_batches(rows, job.rows.lengths, job.layout):
+    for part in job.micro_batches(rows):
         batch = job.batch(part).to(job.accelerator.device)
         with job.accelerator.autocast():
             loss = loss_sum(model, batch, job.dtype) / answers

@@ -28,6 +28,8 @@ BLOCK_BYTES = 24 << 20
 #: Positions are filled up to multiples of this: the number of answer tokens differs in every
 #: batch, and oneDNN compiles a bfloat16 product anew, in some 5 ms, for every number.
 ALIGN = 64
+#: Kinds that scale what a head reads where it is the embeddings, and have no field that says so.
+TIED_AND_SCALED = ("umt5", "switch_transformers")
 #: A target's probability below which the loss is computed again: bfloat16 ends near 1e-38.
 TINY = 1e-30
 
@@ -118,10 +120,13 @@ def loss_sum(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """What a causal model's head reads, for every position of a batch, [B * L, H].
+    """What a language model's head reads, for every position of a batch, [B * L, H], or of the
+    targets of pairs, [B * D, H].
 
     Rows stand behind the virtual tokens of a soft prompt, which are none of these positions.
     """
+    if batch.decoder_input_ids_BD is not None:
+        return decoder_states(unwrapped(model), batch)
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids_BL,
         "attention_mask": batch.attention_mask_BL,
@@ -137,6 +142,30 @@ def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     elif virtual:
         arguments = soft.behind(model, arguments)
     return backbone(model)(**arguments).last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
+
+
+def decoder_states(model: Any, batch: Batch) -> torch.Tensor:
+    """What the head of an encoder-decoder reads, [B * D, H]."""
+    mask_BL = batch.attention_mask_BL
+    source_BLH = model.get_encoder()(
+        input_ids=batch.input_ids_BL, attention_mask=mask_BL
+    ).last_hidden_state
+    states_BDH: torch.Tensor = model.get_decoder()(
+        input_ids=batch.decoder_input_ids_BD,
+        encoder_hidden_states=source_BLH,
+        encoder_attention_mask=mask_BL,
+        use_cache=False,
+    ).last_hidden_state * head_scale(model.config)
+    return states_BDH.flatten(0, 1)
+
+
+def head_scale(config: Any) -> float:
+    """What hidden states are multiplied with before the head reads them: T5 and its kin, with an
+    embedding of length 1 a number for a head, width^-0.5 (Raffel et al. 2020, arXiv:1910.10683)."""
+    scales = getattr(config, "scale_decoder_outputs", None)
+    if scales is None:
+        scales = config.model_type in TIED_AND_SCALED and config.tie_word_embeddings
+    return float(config.d_model**-0.5) if scales else 1.0
 
 
 def head_loss(

@@ -57,10 +57,13 @@ def needed_mib(
     """Peak memory of training beyond what is held now. MiB."""
     layout, virtual = job.layout, soft.virtual_tokens(model)
     lengths = job.rows.lengths + layout.virtual
-    short = np.argsort(lengths, kind="stable")
-    few = short[: max(1, PROBE_TOKENS // int(lengths[short[0]]))]
+    order = np.argsort(lengths, kind="stable")
+    if not own_attention(model):
+        # What others keep of a token grows with its row, and nothing says how: the longest.
+        order = order[::-1]
+    few = order[: max(1, PROBE_TOKENS // int(lengths[order[0]]))]
     batch = job.batch(few).to(device)
-    counted = batch.tokens if layout.unpadded else batch.input_ids_BL.numel()
+    counted = batch.tokens if layout.unpadded else batch.positions
     counted += layout.virtual * len(batch.input_ids_BL)
     per_token = saved_bytes(model, batch, job.dtype) / counted
     longer = float(lengths.mean() / job.rows.lengths.mean())
@@ -78,13 +81,18 @@ def attention_bytes(
     model: nn.Module, lengths: NDArray[np.int64], tokens: int, dtype: torch.dtype
 ) -> float:
     """What attention keeps that grows with the square of a row: its scores, [heads, L, L]."""
-    config = unwrapped(model).config
-    if config._attn_implementation != attention.NAME:
+    if not own_attention(model):
         return 0.0
+    config = unwrapped(model).config
     longest = padded(min(int(lengths.max()), attention.LONGEST))
     # A grid may have a third more rows than it needs.
     scores = 4 / 3 * config.num_attention_heads * longest * max(tokens, longest)
     return float(config.num_hidden_layers * scores * dtype.itemsize)
+
+
+def own_attention(model: nn.Module) -> bool:
+    """Whether attention is `tasks/train/attention.py`'s, of which is known what it keeps."""
+    return bool(unwrapped(model).config._attn_implementation == attention.NAME)
 
 
 def available_mib(device: torch.device) -> float:

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from schemas.recipe import Train
+from schemas.tasks import is_encoder_decoder, is_packable
 from tasks.core import runtime
 from tasks.methods import soft
 from tasks.methods.fused import fuse_lora
@@ -22,6 +23,10 @@ from tasks.train.rotary import fuse_rotary
 #: Padded tokens of one forward pass where the recipe does not say. Few large passes: every layer
 #: is dozens of kernels, and each costs a call and a barrier however small it is.
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+#: Probabilities that models keep as numbers, beside layers of their own.
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
 
 
 def make_accelerator(dtype: runtime.Dtype) -> Accelerator:
@@ -71,13 +76,15 @@ def use_fast_attention(model: nn.Module, device: torch.device, longest: int, tas
     """
     inner = unwrapped(model)
     window = getattr(inner.config, "sliding_window", None)
+    if is_encoder_decoder(task):
+        return False  # attention over another sequence, and T5's position bias, are not its own
     if not inner._supports_attention_backend or (window is not None and window < longest):
         return False
     if device.type == "cpu":
         attention.register()
         inner.set_attn_implementation(attention.NAME)
         return True
-    if task != "causal-lm" or soft.virtual_tokens(model):
+    if not is_packable(task) or soft.virtual_tokens(model):
         return False
     # From the positions of packed rows transformers makes flex attention's block mask.
     inner.set_attn_implementation("flex_attention")
@@ -92,10 +99,11 @@ def layout(
     pad_id: int,
     unpadded: bool,
     virtual: int = 0,
+    start_id: int = 0,
 ) -> Layout:
     """How the rows of a step are cut into forward passes."""
     budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
-    return Layout(budget, packed, pad_id, unpadded, virtual)
+    return Layout(budget, packed, pad_id, unpadded, virtual, start_id)
 
 
 def without_base_dropout(model: nn.Module) -> None:
@@ -116,5 +124,6 @@ def without_base_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if type(module).__name__.endswith("DropPath"):  # whole branches of a row, in image models
             module.drop_prob = 0.0  # type: ignore[assignment]
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name in DROPOUTS:
+            if isinstance(getattr(module, name, None), float) and id(module) not in own:
+                setattr(module, name, 0.0)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from schemas.errors import StageError, UserError
+from schemas.tasks import is_encoder_decoder, is_packable
 from tasks.core.tokens import TokenRows
-from tasks.train.batching import collate, collate_packed
+from tasks.train.batching import Layout, collate_packed
 from tasks.train.loss import hidden_states, loss_sum
+from tasks.train.pairs import batch_of
 
 #: Rows are cut to this for a probe.
 PROBE_TOKENS = 64
@@ -32,6 +34,8 @@ def probe_rows(rows: TokenRows) -> TokenRows:
         offsets=np.cumsum([0, *(len(row) for row in chosen)]),
         source_rows=np.arange(2),
         loss_mask=np.ones(len(ids), dtype=np.uint8),
+        # Of pairs, source and target are halves.
+        answer_start=np.array([len(row) // 2 for row in chosen]),
         labels=np.zeros(2, dtype=np.int64),
         token_labels=None if rows.token_labels is None else np.zeros(len(ids), dtype=np.int32),
     )
@@ -43,11 +47,14 @@ def own_loss(model: nn.Module, rows: TokenRows, task: str, device: torch.device)
     total = 0.0
     for index in range(len(rows)):
         ids = torch.from_numpy(rows.row(index).astype(np.int64))[None].to(device)
+        if is_encoder_decoder(task):
+            total += own_pair_loss(model, rows, index, ids)
+            continue
         inputs = {"input_ids": ids}
         if rows.pixels is not None:
             inputs = {"pixel_values": torch.from_numpy(rows.images(np.array([index]))).to(device)}
         logits = model(**inputs).logits.float()
-        if task == "causal-lm":
+        if is_packable(task):
             # PEFT gives logits of the virtual tokens of a prompt too, in front.
             own = logits[0, -ids.shape[1] : -1]
             total += float(F.cross_entropy(own, ids[0, 1:], reduction="sum"))
@@ -58,12 +65,21 @@ def own_loss(model: nn.Module, rows: TokenRows, task: str, device: torch.device)
     return total
 
 
+def own_pair_loss(model: nn.Module, rows: TokenRows, index: int, ids: torch.Tensor) -> float:
+    """That of a source and its target, ids [1, S + D]. The model shifts the target by itself, as
+    it was pretrained to."""
+    assert rows.answer_start is not None
+    end = int(rows.answer_start[index])
+    logits = model(input_ids=ids[:, :end], labels=ids[:, end:]).logits.float()
+    return float(F.cross_entropy(logits[0], ids[0, end:], reduction="sum"))
+
+
 @torch.no_grad()
 def check_loss(
     model: nn.Module,
     rows: TokenRows,
     task: str,
-    packed: bool,
+    layout: Layout,
     expected: float,
     device: torch.device,
     dtype: torch.dtype,
@@ -77,7 +93,7 @@ def check_loss(
         UserError: the two differ by more than rounding.
     """
     index = np.arange(len(rows))
-    batch = collate_packed(rows, index) if packed else collate(rows, index, task, 0)
+    batch = batch_of(rows, index, task, layout)
     ours = float(loss_sum(model, batch.to(device), dtype))
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-3
     if not abs(ours - expected) <= tolerance * (1 + abs(expected)):

@@ -14,10 +14,10 @@ import torch
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec, keyed
-from schemas.tasks import is_labelled, reads_images
+from schemas.tasks import is_encoder_decoder, is_labelled, is_packable, reads_images
 from tasks.core import runtime
 from tasks.core.files import sha256_file, sha256_json, write_atomic
-from tasks.core.models import load_base, read_labels
+from tasks.core.models import decoder_start, load_base, read_labels
 from tasks.core.progress import say, warn
 from tasks.core.store import SCRATCH
 from tasks.core.tokens import TokenRows, pixels_file
@@ -30,7 +30,7 @@ from tasks.train.checkpoint import Checkpoints
 from tasks.train.computed import flops_per_token
 from tasks.train.held import parts_mib
 from tasks.train.loop import Job, make_optimizer, train
-from tasks.train.loss import backbone
+from tasks.train.loss import backbone, unwrapped
 from tasks.train.memory import available_mib, check_fits, needed_mib
 from tasks.train.output import save_model
 from tasks.train.probe import check_loss, check_packed_apart, own_loss, probe_rows
@@ -153,6 +153,11 @@ def pad_token(model: Any) -> int:
     return 0 if padding is None else int(padding)
 
 
+def start_token(model: Any, task: str) -> int:
+    """What a decoder beside an encoder begins with; 0, and unused, where there is none."""
+    return decoder_start(unwrapped(model).config) if is_encoder_decoder(task) else 0
+
+
 def prepare_job(
     spec: TrainSpec,
     rows: TokenRows,
@@ -174,7 +179,7 @@ def prepare_job(
     longest = int(rows.lengths.max())
     soft.check_room(model, longest)
     fast = placement.use_fast_attention(model, device, longest, spec.task)
-    packed = fast and spec.task == "causal-lm"
+    packed = fast and is_packable(spec.task)
     if spec.train.gradient_checkpointing and not packed:
         soft.check_checkpointing(model)
     # Layers with keys and values of more than their own tokens cannot take the padding out.
@@ -196,12 +201,13 @@ def prepare_job(
             pad_id,
             unpadded,
             virtual=0 if soft.is_cache(model) else soft.virtual_tokens(model),
+            start_id=start_token(model, spec.task),
         ),
         chance=math.log(len(labels)) if labels else None,
     )
     model.eval()
     with accelerator.autocast():
-        check_loss(model, few, spec.task, packed, expected, device, dtype)
+        check_loss(model, few, spec.task, job.layout, expected, device, dtype)
         if packed:
             check_packed_apart(model, few, device)
         model.train()

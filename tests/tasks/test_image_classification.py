@@ -219,7 +219,7 @@ def test_what_is_served_is_what_was_measured(
     assert model.predict(None, pd.DataFrame({0: text})).equals(answers)
 
     paths = {**pipeline.paths, "finished": finished}
-    expected = expected_logits([row.tokens for row in asked], paths, model.serving)
+    expected = expected_logits(asked, paths, model.serving)
     for row, one in zip(asked, expected, strict=True):
         assert np.array_equal(model.encode(row.text), row.tokens)
         assert difference(one, model.logits([row.tokens])[0]) == 0

@@ -19,6 +19,8 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -43,12 +45,12 @@ from schemas.candidates import (
 from schemas.errors import UserError
 from schemas.recipe import Base, Train
 from schemas.stages import Call, CostSpec
-from schemas.tasks import reads_images
+from schemas.tasks import is_labelled, is_packable, reads_images
 from schemas.together import Together
 from tasks.core.models import load_base
 from tasks.core.quantised import quantised_layers
 from tasks.cost import dry, memory
-from tasks.cost.blocks import stack_of
+from tasks.cost.blocks import stack_of, stacks_of
 from tasks.cost.four_bits import scales
 from tasks.cost.rows import FullRow, full_rows
 from tasks.cost.shapes import candidate_on_meta
@@ -56,8 +58,8 @@ from tasks.cost.stage import run
 from tasks.methods import soft
 from tasks.methods.method import trained
 from tasks.methods.table import METHODS, method_for, methods_of
-from tasks.train import placement
-from tasks.train.batching import Batch, collate, collate_packed
+from tasks.train import pairs, placement
+from tasks.train.batching import Batch, Layout
 from tasks.train.loss import backbone, loss_sum
 from tasks.train.output import save_model
 from tasks.train.unpad import unpad
@@ -73,12 +75,22 @@ SIZES = {
 }
 CONFIGS = {
     "causal-lm": LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True),
+    "seq2seq": T5Config(
+        vocab_size=97,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=3,
+        num_heads=4,
+        decoder_start_token_id=0,
+    ),
     "sequence-classification": BertConfig(**SIZES),
     "token-classification": BertConfig(**SIZES),
     "image-classification": ViTConfig(**SIZES, image_size=16, patch_size=4),
 }
 CLASSES = {
     "causal-lm": LlamaForCausalLM,
+    "seq2seq": T5ForConditionalGeneration,
     "sequence-classification": BertForSequenceClassification,
     "token-classification": BertForTokenClassification,
     "image-classification": ViTForImageClassification,
@@ -143,13 +155,13 @@ GPT3 = {
 def batch_of(task: str) -> Batch:
     rows = full_rows(192, FULL_ROWS[task], task)
     index = torch.arange(len(rows)).numpy()
-    return collate_packed(rows, index) if task == "causal-lm" else collate(rows, index, task, 0)
+    return pairs.batch_of(rows, index, task, Layout(192, packed=is_packable(task)))
 
 
 def placed(model: torch.nn.Module, task: str, train: Train, device: str) -> torch.nn.Module:
     placement.place(model, train, torch.device(device))
     placement.use_fast_attention(model, torch.device("cpu"), 64, task)
-    if task != "causal-lm" and not reads_images(task) and not soft.is_cache(model):
+    if is_labelled(task) and not reads_images(task) and not soft.is_cache(model):
         unpad(backbone(model))
     return model
 
@@ -170,7 +182,7 @@ def real(bases: dict[str, Path], task: str, name: str, dtype: str = "float32") -
     base = load_base(
         bases[task],
         task,
-        None if task == "causal-lm" else ["a", "b"],
+        ["a", "b"] if is_labelled(task) else None,
         "float32" if method.trained_base else dtype,
         quantisation=method.quantises(candidate),
     )
@@ -188,6 +200,8 @@ PASSES = [
     *((name, "sequence-classification", False) for name in CANDIDATES),
     *((name, "sequence-classification", True) for name in ("full", "lora", "prompt_tuning")),
     ("lora", "token-classification", False),
+    *((name, "seq2seq", again) for name in ("full", "lora") for again in (False, True)),
+    *((name, "seq2seq", False) for name in ("adalora", "ia3", "bottleneck", "last_layers")),
     ("full", "image-classification", False),
     ("lora", "image-classification", True),
     ("bottleneck", "image-classification", False),
@@ -226,6 +240,7 @@ def test_a_dry_run_is_the_run_without_its_numbers(bases, name, task, checkpointi
         for name, candidate in CANDIDATES.items()
         for task in CONFIGS
         if all(task in method.tasks for method in methods_of(candidate))
+        if (name, task) != ("bitfit", "seq2seq")  # a T5 has no bias
     ],
 )
 def test_weights_and_what_ships_are_those_of_the_real_model(bases, tmp_path, task, name):
@@ -358,6 +373,24 @@ def test_a_few_blocks_tell_what_all_of_them_cost(trained_blocks):
     assert total.kept == pytest.approx(whole.kept)
     # The halves of a backward pass meet in the middle of a block.
     assert total.peak == pytest.approx(whole.peak, rel=0.02)
+
+
+def test_a_few_blocks_of_both_stacks_tell_what_all_of_them_cost():
+    """An encoder of six blocks and a decoder of five; the first of each, with T5's position bias,
+    is unlike the others."""
+    config = T5Config(**{**CONFIGS["seq2seq"].to_dict(), "num_layers": 6, "num_decoder_layers": 5})
+    model = candidate_on_meta(config, "seq2seq", CANDIDATES["lora"], "float32")
+    placed(model, "seq2seq", Train(), "meta")
+    dry.without_numbers(model)
+    assert [stack.runs for stack in stacks_of(model)] == [[1, 5], [1, 4]]
+    batch = batch_of("seq2seq")
+    total = dry.whole_pass(model, batch, "float32")
+    whole = dry._pass(model, batch, "float32")
+    assert total.forward_flops == pytest.approx(whole.forward_flops)
+    assert total.backward_flops == pytest.approx(whole.backward_flops)
+    assert total.kept == pytest.approx(whole.kept)
+    # Two stacks, whose backward passes do not meet where their halves do.
+    assert total.peak == pytest.approx(whole.peak, rel=0.05)
 
 
 def spec_of(*candidates: object, task: str = "causal-lm", train: object = None) -> CostSpec:

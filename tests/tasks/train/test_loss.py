@@ -150,7 +150,7 @@ def test_cutting_a_step_does_not_change_its_gradient(packed, budget):
 def test_a_model_that_changes_its_logits_is_refused():
     model, rows = tiny_llama(), probe_rows(make_rows())
     expected = own_loss(model, rows, "causal-lm", CPU)
-    check_loss(model, rows, "causal-lm", False, expected, CPU, torch.float32)
+    check_loss(model, rows, "causal-lm", Layout(512, packed=False), expected, CPU, torch.float32)
 
     class Capped(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
@@ -162,7 +162,9 @@ def test_a_model_that_changes_its_logits_is_refused():
     capped.lm_head.weight.data.normal_()
     expected = own_loss(capped, rows, "causal-lm", CPU)
     with pytest.raises(UserError, match="scales or caps its logits"):
-        check_loss(capped, rows, "causal-lm", False, expected, CPU, torch.float32)
+        check_loss(
+            capped, rows, "causal-lm", Layout(512, packed=False), expected, CPU, torch.float32
+        )
 
 
 def test_an_untrained_model_starts_at_the_loss_of_guessing():

@@ -20,6 +20,8 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -27,7 +29,7 @@ from transformers import (
 from schemas.errors import StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
-from schemas.tasks import TASKS, reads_images
+from schemas.tasks import TASKS, is_encoder_decoder, is_labelled, reads_images
 from tasks.core.adapters import TUNER
 from tasks.core.entities import IGNORED
 from tasks.core.models import load_base, load_trained
@@ -45,6 +47,15 @@ CONFIG = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
+}
+T5 = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 3,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
 }
 IMAGES = {"image_size": 16, "patch_size": 4}
 IMAGE_TOKENS = 17
@@ -72,19 +83,19 @@ def write_rows(folder: Path, task: str, count: int = 120) -> None:
     ids = np.concatenate([a + np.arange(n) for a, n in zip(starts, lengths, strict=True)])
     mask = np.ones(len(ids), dtype=np.uint8)
     mask[offsets[:-1]] = 0
-    causal = task == "causal-lm"
+    answers = not is_labelled(task)
     token_labels = (ids * 3 // CONFIG["vocab_size"]).astype(np.int32)
     token_labels[offsets[:-1]] = IGNORED
     TokenRows(
         input_ids=ids.astype(np.int32),
         offsets=offsets,
         source_rows=np.arange(count) + 1,
-        loss_mask=mask if causal else None,
-        answer_start=np.ones(count, dtype=np.int64) if causal else None,
+        loss_mask=mask if answers else None,
+        answer_start=np.full(count, 1 + 2 * is_encoder_decoder(task)) if answers else None,
         labels=starts * 3 // 70 if task == "sequence-classification" else None,
         token_labels=token_labels if task == "token-classification" else None,
     ).save(folder / "tokens" / "train.safetensors")
-    if not causal:
+    if not answers:
         (folder / "labels.json").write_text(json.dumps(LABELS))
 
 
@@ -108,7 +119,10 @@ def some_row(task: str) -> dict[str, torch.Tensor]:
     """A row that is none of training's, as a base of that task reads it."""
     if reads_images(task):
         return {"pixel_values": torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)}
-    return {"input_ids": torch.arange(5, 13)[None]}
+    ids = torch.arange(5, 13)[None]
+    if is_encoder_decoder(task):  # the decoder goes on from some of the tokens
+        return {"input_ids": ids, "decoder_input_ids": torch.cat([ids[:, :1] * 0, ids[:, 3:]], 1)}
+    return {"input_ids": ids}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +131,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
     torch.manual_seed(0)
     bases = {
         "causal-lm": LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=True)),
+        "seq2seq": T5ForConditionalGeneration(T5Config(**T5)),
         "sequence-classification": BertForSequenceClassification(BertConfig(**CONFIG)),
         "token-classification": BertForTokenClassification(BertConfig(**CONFIG)),
         "image-classification": ViTForImageClassification(ViTConfig(**CONFIG, **IMAGES)),
@@ -178,7 +193,7 @@ def test_both_methods_learn_every_task_and_reload(tmp_path, places, task, candid
     assert curve[-1].tokens == facts["tokens"]
     assert facts["format"] == ("transformers" if candidate == FULL else "peft-adapter")
 
-    labels = LABELS if task != "causal-lm" else None
+    labels = LABELS if is_labelled(task) else None
     base = load_base(places[task]["base"], task, labels, dtype)
     tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
     row = some_row(task)
@@ -197,7 +212,7 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
     """The loss falls, and a fresh base with the adapter differs from the base alone."""
     rate = 0.1 if task == "causal-lm" else 0.03
     spec = make_spec(task, candidate, dtype, learning_rate=rate, max_steps=60)
-    if task == "causal-lm" and candidate["method"] == "bitfit":
+    if not is_labelled(task) and candidate["method"] == "bitfit":
         with pytest.raises(UserError, match="has no bias"):
             run(spec, places[task], tmp_path)
         return
@@ -209,7 +224,7 @@ def test_every_other_adapter_acts_and_reloads(tmp_path, places, task, candidate,
     assert (tmp_path / "model" / TUNER).exists() == (
         candidate["method"] in ("bitfit", "bottleneck")
     )
-    labels = LABELS if task != "causal-lm" else None
+    labels = LABELS if is_labelled(task) else None
     base = load_base(places[task]["base"], task, labels, dtype)
     tuned = load_trained(places[task]["base"], tmp_path / "model", task, labels, dtype)
     row = some_row(task)
