@@ -20,6 +20,7 @@ import torch
 from .cache import SlotCache
 from .choose import Choice, Greedy
 from .heads import TurboHeads
+from .identity import require_same
 from .lookup import Lookup, graft
 from .pace import WIDTHS, Pace
 from .parts import Parts
@@ -86,6 +87,8 @@ class Writer:
         pace: Pace | None = None,
     ) -> None:
         self.parts, self.lookup = parts, lookup
+        if heads is not None:
+            require_same(heads.config, parts)
         weight = parts.scored
         self.heads = None if heads is None else heads.to(weight.device, weight.dtype)
         drafts = heads is not None or lookup
