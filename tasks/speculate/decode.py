@@ -20,7 +20,7 @@ import torch
 from .cache import SlotCache
 from .choose import Choice, Greedy
 from .heads import TurboHeads
-from .identity import require_same
+from .identity import Guard
 from .lookup import Lookup, graft
 from .pace import WIDTHS, Pace
 from .parts import Parts
@@ -87,8 +87,7 @@ class Writer:
         pace: Pace | None = None,
     ) -> None:
         self.parts, self.lookup = parts, lookup
-        if heads is not None:
-            require_same(heads.config, parts)
+        self.guard = None if heads is None else Guard(heads.config, parts)
         weight = parts.scored
         self.heads = None if heads is None else heads.to(weight.device, weight.dtype)
         drafts = heads is not None or lookup
@@ -108,7 +107,12 @@ class Writer:
 
         An answer ends at a token of `stops`, after `max_new_tokens`, or at the last position that
         the model knows.
+
+        Raises:
+            HeadsError: the model is another one by now than the heads are for.
         """
+        if self.guard is not None:
+            self.guard.require()
         choice, account = choice or Greedy(), Account()
         started = time.perf_counter()
         rows = [
