@@ -187,13 +187,14 @@ class RegisterSpec(Spec):
 
 class PageSpec(Spec):
     """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished,
-    comparison, and cost and larger (cost on a larger base) where they were told.
+    comparison, cost and larger (cost on a larger base) where they were told, and turbo where
+    there are heads.
 
     The entry: report.html, one file that reads offline.
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     recipe_name: str
     recipe_yaml: str
