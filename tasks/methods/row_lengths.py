@@ -1,7 +1,7 @@
-"""What DoRA needs of weight-sized and token-sized tensors, a block of rows at a time.
+"""What DoRA needs of the rows of a weight and of outputs, with no float32 copy of either.
 
-A block of float32 stays in a processor's cache, so that float32 costs no memory and little time
-where the base is in bfloat16.
+A weight is taken a block of rows at a time: a block of float32 stays in a processor's cache, and
+costs no memory and little time where the base is in bfloat16.
 
 Shapes: T tokens, I inputs, O outputs, R rank.
 """
@@ -43,15 +43,21 @@ def scaled_rows(weight_OI: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
 def sum_of_products(
     dy_TO: torch.Tensor, y_TO: torch.Tensor, bias_O: torch.Tensor | None
 ) -> torch.Tensor:
-    """The sum over tokens of dy (y - bias), [O] in float32."""
-    total_O = torch.zeros(y_TO.shape[1], dtype=torch.float32, device=y_TO.device)
-    for rows in _blocks(y_TO):
-        block = y_TO[rows].float()
-        block = block if bias_O is None else block - bias_O
-        total_O += (block * dy_TO[rows]).sum(0)
-    return total_O
+    """The sum over tokens of dy (y - bias), [O] in float32.
+
+    That is the gradient of the weight of a batch norm whose mean is the bias and whose variance
+    is 1: one kernel that reads both once, where a product and its sum take two to four times as
+    long.
+    """
+    ones_O = torch.ones(y_TO.shape[1], device=y_TO.device)
+    mean_O = torch.zeros_like(ones_O) if bias_O is None else bias_O.float()
+    wanted = [False, True, False]
+    _, total_O, _ = torch.ops.aten.native_batch_norm_backward(
+        dy_TO, y_TO, ones_O, mean_O, ones_O, None, None, False, 0.0, wanted
+    )
+    return torch.as_tensor(total_O)
 
 
-def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK[matrix.device.type] // matrix.shape[1])
-    return (slice(start, start + rows) for start in range(0, len(matrix), rows))
+def _blocks(weight_OI: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, BLOCK[weight_OI.device.type] // weight_OI.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(weight_OI), rows))
