@@ -36,9 +36,11 @@ from schemas.stages import (
     RegisterSpec,
     Spec,
     TrainSpec,
+    TurboSpec,
 )
 from schemas.tasks import is_labelled, reads_images
 from schemas.together import Candidate
+from schemas.turbo import Turbo
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
 from tasks.core.store import read_manifest
 from tasks.prepare.references import named_images
@@ -180,8 +182,12 @@ class Calls:
         kind, inputs = candidate.FORMAT, {"prepared": rows}
         return self._step(spec, kind, inputs, self._with_base, self._weights, candidate.label)
 
-    def evaluate(self, label: str, rows: Made, subject: Made | None) -> Step:
+    def evaluate(
+        self, label: str, rows: Made, subject: Made | None, heads: Made | None = None
+    ) -> Step:
         """`subject` is None for the untouched base; `label` is `base`, `finished` or a candidate's.
+
+        heads: with which the subject is to write.
 
         Of the training schedule only what a step costs is told: how many tokens it takes.
         """
@@ -198,7 +204,8 @@ class Calls:
             ),
             dtype=self.dtype,
         )
-        inputs = {"prepared": rows} | ({"subject": subject} if subject else {})
+        given = {"subject": subject, "heads": heads}
+        inputs = {"prepared": rows} | {name: made for name, made in given.items() if made}
         return self._step(spec, "report", inputs, self._with_base, self._weights, label)
 
     def score(self, like: Step, rows: Made, trained: Made) -> Step:
@@ -256,7 +263,20 @@ class Calls:
         inputs = {"trained": trained, **labels}
         return self._step(spec, "transformers", inputs, self._with_base, self._weights, label)
 
-    def register(self, rows: Made, finished: Made, evaluated: Made, page: Made) -> Step:
+    def turbo(self, label: str, turbo: Turbo, rows: Made, finished: Made) -> Step:
+        """Heads for the finished model."""
+        spec = TurboSpec(
+            task=self.recipe.task,
+            turbo=turbo,
+            max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            dtype=self.dtype,
+        )
+        inputs = {"prepared": rows, "subject": finished}
+        return self._step(spec, "heads", inputs, self._with_base, self._weights, label)
+
+    def register(
+        self, rows: Made, finished: Made, evaluated: Made, page: Made, heads: Made | None = None
+    ) -> Step:
         recipe = self.recipe
         spec = RegisterSpec(
             task=recipe.task,
@@ -267,6 +287,8 @@ class Calls:
             tracking=self.home.registry,
         )
         inputs = {"prepared": rows, "finished": finished, "evaluated": evaluated}
+        if heads is not None:
+            inputs["heads"] = heads
         # Not of the key: a version keeps the page of the run that made it.
         paths = self._with_base | {"page": page.path}
         return self._step(spec, "registration", inputs, paths, self._weights)
