@@ -18,7 +18,7 @@ from flows.home import Home
 from flows.hub import base_directory, sources
 from flows.machine import Dtype, resolve_dtype
 from flows.remember import FileHashes
-from schemas.candidates import TrainOverrides
+from schemas.candidates import CandidateBase, TrainOverrides
 from schemas.errors import Problem, StageError, UserError
 from schemas.load import resolve
 from schemas.manifest import FileFormat
@@ -108,10 +108,7 @@ class Calls:
 
     def inspect(self) -> Step:
         """Reads the base's configuration alone: shapes need no weights and no rows."""
-        candidates = [
-            candidate.model_copy(update={"train": TrainOverrides()})
-            for candidate in self.recipe.candidates
-        ]
+        candidates = [labelled(candidate) for candidate in self.recipe.candidates]
         spec = InspectSpec(task=self.recipe.task, candidates=candidates)
         outside = {"base": self._hashes.of_files([self.base / "config.json"])}
         return self._step(spec, "report", paths=self._with_base, outside=outside)
@@ -175,7 +172,7 @@ class Calls:
             schedule = Train(seed=schedule.seed) if candidate.seeded else Train()
         spec = TrainSpec(
             task=self.recipe.task,
-            candidate=candidate.model_copy(update={"name": None, "train": TrainOverrides()}),
+            candidate=candidate.as_trained(),
             train=schedule,
             dtype=self.dtype,
         )
@@ -351,11 +348,18 @@ class Calls:
         return Step(call, label)
 
 
+def labelled(candidate: Candidate) -> CandidateBase:
+    """A candidate as it is trained, under the name that it has in the recipe's tables."""
+    trained = candidate.as_trained()
+    alike = trained.default_name() == candidate.default_name()
+    return trained.model_copy(update={"name": candidate.name if alike else candidate.label})
+
+
 def cost_spec(recipe: Recipe, dtype: str) -> CostSpec:
     """Of a recipe what decides costs: how much is trained at a time, and nothing of how."""
     train, evaluate = recipe.train, recipe.evaluate
     candidates = [
-        candidate.model_copy(
+        labelled(candidate).model_copy(
             update={
                 "train": TrainOverrides(
                     epochs=candidate.train.epochs,

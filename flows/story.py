@@ -123,7 +123,7 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     if recipe.finish.merge and chosen.MERGES:
         finished = hands.make(calls.merge(choice.label, rows, finished))
     heads = None
-    if (turbo := recipe.finish.turbo) is not None:
+    if (turbo := chosen.heads() or recipe.finish.turbo) is not None:
         heads = hands.make(calls.turbo(choice.label, turbo, rows, finished))
     evaluated = hands.make(calls.evaluate("finished", rows, finished, heads))
 
