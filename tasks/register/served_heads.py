@@ -1,5 +1,5 @@
-"""How a registered version writes with its Turbo heads. It travels as `turbo.py`, beside `heads/` and
-`speculate/`, and imports nothing of this project but what lies there.
+"""How a registered version writes with its Turbo heads. It travels as `turbo.py`, beside `heads/`
+and `speculate/`, and imports nothing of this project but what lies there.
 """
 
 from __future__ import annotations
