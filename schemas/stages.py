@@ -75,7 +75,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
@@ -92,7 +92,7 @@ class TrainSpec(Spec):
     a prompt), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 6
+    VERSION: ClassVar[int] = 7
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 
@@ -187,13 +187,14 @@ class RegisterSpec(Spec):
 
 class PageSpec(Spec):
     """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished,
-    comparison, and cost and larger (cost on a larger base) where they were told.
+    comparison, cost and larger (cost on a larger base) where they were told, and turbo where
+    there are heads.
 
     The entry: report.html, one file that reads offline.
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     recipe_name: str
     recipe_yaml: str

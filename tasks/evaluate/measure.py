@@ -59,10 +59,11 @@ def measure(
     test_rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
     more = prompted.more_tokens(test_rows)
     overhead = inference_overhead(subject, model, base, spec, test_rows, more)
-    fast = None
+    fast, heads = None, None
     if "heads" in paths:
-        fast = speculation.measure(subject, model, paths["heads"], test_rows, spec.evaluate)
-    stored = storage.measure(subject, base)
+        heads = paths["heads"] / "heads"
+        fast = speculation.measure(subject, model, heads, test_rows, spec.evaluate)
+    stored = storage.measure(subject, base, heads)
     swapped, swapped_how = swapping.measure(subject, model, base, test_rows)
     del base  # full fine-tuning is measured next, and wants the room
     train_rows = TokenRows.load(paths["prepared"] / "tokens" / "train.safetensors")

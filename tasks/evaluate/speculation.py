@@ -64,13 +64,13 @@ def how(evaluate: Evaluate) -> str:
 
 
 def measure(
-    subject: Subject, model: torch.nn.Module, entry: Path, rows: TokenRows, evaluate: Evaluate
+    subject: Subject, model: torch.nn.Module, place: Path, rows: TokenRows, evaluate: Evaluate
 ) -> Speculation:
     """Speed at each of the recipe's batch sizes, and whether the answers are generate()'s.
 
-    entry: of the turbo stage.
+    place: the heads' directory.
     """
-    heads = TurboHeads.load(entry / "heads")
+    heads = TurboHeads.load(place)
     parts = parts_of(model)
     plain, fast = Writer(parts), Writer(parts, heads, lookup=True)
     stops = stop_ids(model, load_tokenizer(subject.base), rows)
@@ -122,7 +122,7 @@ def measure(
         state=config.state,
         parameters=config.parameters,
         medusa_parameters=config.medusa_parameters,
-        stored_bytes=(entry / "heads" / WEIGHTS).stat().st_size,
+        stored_bytes=(place / WEIGHTS).stat().st_size,
         speeds=speeds,
         accepted=accepted,
         rows=answered,
