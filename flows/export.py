@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def export(home: Home, text: str, form: ExportFormat, out: Path) -> list[str]:
     Raises:
         UserError: no such version, a base that is gone, or a version without what the form is for.
     """
+    # It warns on import of a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from tasks.export.formats import export as write
     from tasks.export.place import refuse_used
     from tasks.export.version import Version, read_serving

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from schemas.export import ExportFormat
+from schemas.tasks import is_labelled
+from tasks.core.models import MODEL_CLASSES
 from tasks.export.adapter import write_adapter
 from tasks.export.medusa import LORAX, MODEL, TGI, VLLM, Layout, write_medusa
 from tasks.export.merged import write_merged
@@ -18,8 +20,8 @@ from tasks.export.version import Version
 @dataclass(frozen=True)
 class Form:
     """write: a version's files into a directory, told where they will lie in the end; gives what
-    is to be said of them. how: the lines of Markdown that say how they are used, with {out},
-    {model}, {base}, {dtype} and {heads} to fill in."""
+    is to be said of them. how: the lines of Markdown that say how they are used, with what `readme`
+    fills in."""
 
     write: Callable[[Version, Path, Path], list[str]]
     how: str
@@ -35,8 +37,9 @@ FORMS: dict[ExportFormat, Form] = {
         """\
 ```python
 from peft import PeftModel
+from transformers import {loader}
 
-# base: {base}, loaded by transformers in {dtype}
+base = {loader}.from_pretrained("{base}", dtype="{dtype}"{labels})
 model = PeftModel.from_pretrained(base, "{out}")
 ```""",
     ),
@@ -92,17 +95,32 @@ def export(version: Version, form: ExportFormat, out: Path) -> list[str]:
 def readme(version: Version, form: ExportFormat, out: Path, work: Path, said: list[str]) -> str:
     """What the directory is, how it is used, and what it lacks."""
     base = "" if version.is_whole else version.base_name
+    labels = version.serving["labels"]
     facts = [
-        f"- version: {version.name}, {version.task}, measured in {version.dtype}",
-        f"- format: {form}",
-        *([f"- base: {base}"] if base else []),
-        *(f"- {line}" for line in said),
+        f"version: {version.name}, {version.task}, measured in {version.dtype}",
+        f"format: {form}",
+        *([f"base: {base}"] if base else []),
+        *asked(version),
+        *said,
     ]
     how = FORMS[form].how.format(
         out=out.resolve(),
         model=out.resolve() / MODEL if (work / MODEL).is_dir() else base,
         base=base,
         dtype=version.dtype,
+        loader=MODEL_CLASSES[version.task].__name__,
+        labels=f", num_labels={len(labels)}" if labels else "",
         heads=version.heads.config.heads if "{heads}" in FORMS[form].how else "",
     )
-    return f"# {version.name} as {form}\n\n" + "\n".join(facts) + f"\n\n{how}\n"
+    lines = "\n".join(f"- {fact}" for fact in facts)
+    return f"# {version.name} as {form}\n\n{lines}\n\n{how}\n"
+
+
+def asked(version: Version) -> list[str]:
+    """How a model that writes is asked as it was trained: servers do not read serving.json."""
+    serving = version.serving
+    if is_labelled(version.task):
+        return []
+    prompt = "through the chat template" if serving["template"] == "chat" else "as they are"
+    ends = " or ".join(map(str, serving["stop_ids"]))
+    return [f"prompts: {prompt}; an answer ends with token {ends}"]

@@ -40,7 +40,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_registered_adapter_leaves_in_every_form(
     home: Path, package: Path, tree: Any, peftflow: Any, tmp_path: Path
 ) -> None:
@@ -54,8 +54,8 @@ def test_a_registered_adapter_leaves_in_every_form(
     assert ended.code == 0, ended.err
     assert f"tiny/1 is in {tmp_path / 'merged'} as merged" in ended.out
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
-    # W + B A is rounded once more to the base's dtype.
-    assert (logits(whole) - logits(adapted)).norm() < 0.02 * logits(adapted).norm()
+    # W + B A is rounded once more to the base's dtype: by up to 2^-9 of a weight, in eight layers.
+    assert (logits(whole) - logits(adapted)).norm() < 0.05 * logits(adapted).norm()
 
     refused = export("vllm-medusa")
     assert refused.code == 2
@@ -83,12 +83,11 @@ def test_a_registered_adapter_leaves_in_every_form(
     assert again.code == 2
     assert "is there already" in again.out
     assert export("gguf").code == 2
-    unknown = peftflow(
-        "export", "tinny@champion", "--format", "peft", tmp_path / "x", "--home", home
-    )
+    out = tmp_path / "x"
+    unknown = peftflow("export", "tinny@champion", "--format", "peft", out, "--home", home)
     assert unknown.code == 2
     assert "did you mean tiny?" in unknown.out
-    assert not (tmp_path / "x").exists()
+    assert not out.exists()
 
 
 def test_the_base_is_where_the_registered_model_looks_for_it(

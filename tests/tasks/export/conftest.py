@@ -22,7 +22,14 @@ from tasks.speculate.heads import HeadsConfig, TurboHeads
 HIDDEN, VOCABULARY = 64, 97
 
 #: What `serving.json` says of all of these.
-SERVING = {"task": "causal-lm", "dtype": "float32", "labels": None, "base": None}
+SERVING = {
+    "task": "causal-lm",
+    "dtype": "float32",
+    "labels": None,
+    "base": None,
+    "template": "chat",
+    "stop_ids": [2, 7],
+}
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:

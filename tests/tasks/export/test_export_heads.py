@@ -155,6 +155,7 @@ def test_the_readme_says_how_the_export_is_served(made: Any, tmp_path: Path) -> 
     assert f"vllm serve {tmp_path / 'out' / 'model'} --dtype float32" in text
     assert '{"method": "medusa", "model": "' + str(tmp_path / "out") in text
     assert '"num_speculative_tokens": 3}' in text
+    assert "prompts: through the chat template; an answer ends with token 2 or 7" in text
 
 
 @pytest.mark.parametrize("form", MEDUSA)

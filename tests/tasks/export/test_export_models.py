@@ -49,6 +49,11 @@ def test_an_adapter_is_what_peft_loads(made: Any, tmp_path: Path) -> None:
         logits(AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)),
         logits(world.model),
     )
+    # As its README says it.
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    said: dict[str, Any] = {}
+    exec(code, said)
+    assert torch.equal(logits(said["model"]), logits(world.model))
 
 
 def test_a_base_of_the_hub_is_named_by_its_id(made: Any, tmp_path: Path) -> None:
