@@ -16,6 +16,7 @@ from flows.records import EXIT_CODES, begun_here
 from flows.screen import Screen, console
 from flows.tell import is_users, problems_of
 from schemas.errors import StageError, UserError
+from schemas.export import ExportFormat
 from tasks.core.store import storage_errors
 
 app = typer.Typer(
@@ -233,6 +234,25 @@ def generate(
         return 0
 
     guarded(work, home, aside=True)
+
+
+@app.command()
+def export(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="NAME@champion, or NAME/3.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    form: Annotated[ExportFormat, typer.Option("--format", help="docs/export.md has them all.")],
+    home: HomeOption = None,
+) -> None:
+    """Write a registered version as PEFT, transformers, vLLM, LoRAX or TGI read it."""
+    from flows.export import export as write
+
+    def work(screen: Screen, place: Home) -> int:
+        for line in write(place, version, form, out):
+            screen.line(f"  warning: {line}", style="yellow")
+        screen.line(f"{version} is in {out} as {form}; its README.md says how to use it")
+        return 0
+
+    guarded(work, home)
 
 
 @app.command()
