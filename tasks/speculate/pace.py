@@ -108,6 +108,20 @@ class Pace:
             self.honesty = min(max(self.honesty, 0.1), 1.2)
 
 
+class Fixed(Pace):
+    """Always so many nodes, or as many as there are: for tests and measurements."""
+
+    def __init__(self, nodes: int) -> None:
+        super().__init__(nodes)
+        self.nodes = nodes
+
+    def drafting(self, rows: int) -> bool:
+        return self.nodes > 1
+
+    def width(self, rows: int, chances: list[float]) -> int:
+        return min(self.nodes, len(chances))
+
+
 def _size(rows: int) -> int:
     """Rows as the next power of two: what is measured of 13 holds for 16."""
     return 1 << (rows - 1).bit_length()
