@@ -258,7 +258,7 @@ class Writer:
         took = time.perf_counter() - begun
         self.pace.took(len(active), width, took, begun - began if drafted is not None else None)
         if width > 1 and drafted is not None:
-            self.pace.accepted(sum(drafted[1:width]), found / len(active))
+            self.pace.accepted(len(active), width, sum(drafted[1:width]), found / len(active))
         return hidden_BND[rows_B, leaf_B], root_B
 
     def _drafts(
