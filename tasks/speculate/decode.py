@@ -20,7 +20,8 @@ import torch
 
 from .cache import SlotCache
 from .choose import Choice, Greedy
-from .heads import HeadsConfig, HeadsError, TurboHeads
+from .heads import TurboHeads
+from .identity import require_same
 from .lookup import Lookup, graft
 from .pace import WIDTHS, Pace
 from .parts import Parts
@@ -99,14 +100,13 @@ class Writer:
         lookup: bool = False,
         pace: Pace | None = None,
     ) -> None:
-        """Raises a HeadsError where the heads are of other widths than the model."""
-        self.parts, self.lookup = parts, lookup
-        weight = parts.scored
+        """Raises a HeadsError where the heads are of another model."""
+        self.parts, self.lookup, self.heads = parts, lookup, None
         if heads is not None:
-            require_fitting(heads.config, weight)
+            require_same(heads.config, parts)
+            weight = parts.scored
             # A copy: the heads themselves stay in the precision that they are trained in.
-            heads = copy.deepcopy(heads).to(weight.device, weight.dtype)
-        self.heads = heads
+            self.heads = copy.deepcopy(heads).to(weight.device, weight.dtype)
         drafts = heads is not None or lookup
         self.pace = pace or Pace(WIDTHS[-1] if drafts else 1)
         self.eager = getattr(parts.config, "_attn_implementation", "sdpa") == "eager"
@@ -351,17 +351,3 @@ class Writer:
         if listener and tokens:
             listener(row.index, tokens)
         return len(tokens)
-
-
-def require_fitting(config: HeadsConfig, scored_VD: torch.Tensor) -> None:
-    """Raise a HeadsError where heads of this configuration cannot share the lm_head."""
-    vocabulary, width = scored_VD.shape
-    for name, theirs, own in (
-        ("vocab_size", config.vocab_size, vocabulary),
-        ("hidden_size", config.hidden_size, width),
-    ):
-        if theirs != own:
-            raise HeadsError(
-                f"the heads have {name} {theirs}, and the model's lm_head has {own}: they were "
-                "trained for another model, or its vocabulary was resized since; train them anew"
-            )

@@ -48,7 +48,9 @@ class Pace:
         self.waiting: dict[int, int] = defaultdict(int)
         self.hold: dict[int, int] = defaultdict(lambda: HOLD)
         #: Tokens and seconds of the last passes with drafts, for each size.
-        self.counted: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        self.counted: dict[int, deque[tuple[float, float]]] = defaultdict(
+            lambda: deque(maxlen=COUNTED)
+        )
         self.since_plain: dict[int, int] = defaultdict(int)
 
     def drafting(self, rows: int) -> bool:
@@ -136,7 +138,8 @@ class Pace:
         """Of so many expected drafts of a pass so many were right, each the mean over rows."""
         size = _size(rows)
         drafting = median(self.drafts[size]) if self.drafts[size] else 0.0
-        self.counted[size].append((1 + found, self.cost(size, width) + drafting))
+        if times := self.passes[size, width]:
+            self.counted[size].append((1 + found, median(times) + drafting))
         if expected > 0.05:
             ratio = min(found / expected, 2.0)
             self.honesty += FORGET * (ratio - self.honesty)
