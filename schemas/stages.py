@@ -74,7 +74,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
