@@ -146,7 +146,7 @@ def test_counting_frees_what_the_pass_kept(paths):
         if name.endswith("down_proj")
     ]
     saved_bytes(model, job.batch(np.arange(3)), job.dtype)
-    assert hooks and made
+    assert len(made) == 2 * len(hooks) > 0
     assert all(storage.expired() for storage in made)
 
 
