@@ -16,10 +16,10 @@ from tasks.cost.dry import Pass
 from tasks.methods.method import trained
 
 MIB = 2**20
-#: What a process on a CPU holds beside its tensors, MiB: code that oneDNN compiles for the shapes
-#: of a run, workspaces of the products, modules that loading imports, and holes in the heap
-#: (`tasks/train/heap.py`). Measured with LoRA (docs/plan.md), without and with checkpointing.
-REST_MIB = {"float32": (210, 230), "bfloat16": (220, 240)}
+#: What a process on a CPU holds beside its tensors, MiB: code and modules that loading brings in,
+#: products that oneDNN keeps, MKL's workspace, and holes in the heap (`tasks/train/heap.py`).
+#: The mean over two bases with LoRA (docs/plan.md), without and with checkpointing.
+REST_MIB = {"float32": (180, 145), "bfloat16": (165, 175)}
 #: AdamW's two moments, and a gradient, in float32.
 MOMENTS, GRADIENT = 8, 4
 

@@ -57,10 +57,10 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         return make_prompt(spec, rows, paths, out_dir)
     checkpoints = Checkpoints(out_dir / SCRATCH, identity(spec, paths["prepared"]))
     placement.seed(spec.train.seed)
-    heap.arrange()
     torch.set_num_threads(checkpoints.threads)
     runtime.peak_reset()
     floor = 0.0 if runtime.device().type == "cuda" else runtime.resident_mib()
+    heap.arrange()
 
     base_dtype: runtime.Dtype = "float32" if method.trained_base else spec.dtype
     model: Any = load_base(
