@@ -77,12 +77,14 @@ class Stages:
         lines = (self.prepared / "test_rows.jsonl").read_text().splitlines()
         return [json.loads(line)["prompt"] for line in lines]
 
-    def trained(self, candidate: dict[str, Any], rate: float, **settings: Any) -> Path:
+    def trained(self, candidate: dict[str, Any], rate: float, steps: int | None = None) -> Path:
+        """steps: fewer than those of `train`."""
+        fewer = {} if steps is None else {"max_steps": steps}
         spec = TrainSpec.model_validate(
             {
                 "task": self.task,
                 "candidate": candidate,
-                "train": {**self.settings, "learning_rate": rate, **settings},
+                "train": {**self.settings, **fewer, "learning_rate": rate},
                 "dtype": "float32",
             }
         )

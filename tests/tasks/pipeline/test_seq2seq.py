@@ -103,12 +103,15 @@ def pipelines(stages: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 LORA = {"method": "lora", "rank": 8, "alpha": 16, "target_modules": "all-linear"}
+LOHA = {"peft_type": "LOHA", "r": 4, "target_modules": "all-linear"}
 CANDIDATES = {
     "full": ({"method": "full"}, 5e-3),
     "lora": (LORA, 2e-2),
-    "prompt_tuning": ({"method": "prompt_tuning", "virtual_tokens": 5}, 0.1),
-    "p_tuning": ({"method": "p_tuning", "virtual_tokens": 5}, 1e-2),
-    "prefix_tuning": ({"method": "prefix_tuning", "virtual_tokens": 5}, 0.1),
+    "prompt_tuning": ({"method": "prompt_tuning", "virtual_tokens": 5}, 0.1, 30),
+    "p_tuning": ({"method": "p_tuning", "virtual_tokens": 5}, 1e-2, 30),
+    "prefix_tuning": ({"method": "prefix_tuning", "virtual_tokens": 5}, 0.1, 30),
+    "peft": ({"method": "peft", "peft": LOHA}, 1e-2, 30),
+    "zero_shot": ({"method": "zero_shot"}, 1e-2),
 }
 MERGED = ("full", "lora")
 
