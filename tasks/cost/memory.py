@@ -13,6 +13,7 @@ from schemas.tasks import is_encoder_decoder, is_labelled
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
 from tasks.cost.dry import Pass
+from tasks.methods import soft
 from tasks.methods.method import trained
 
 MIB = 2**20
@@ -84,6 +85,7 @@ def inference(
         # Of the prompts a decoder keeps keys and values too, for its attention to the encoder,
         # and all of what that has made of them.
         layers = getattr(config, "num_decoder_layers", None) or config.decoder_layers
-        held += rows * max(evaluate.prompt_lengths) * config.hidden_size * item
+        read = max(evaluate.prompt_lengths) + (0 if soft.is_cache(model) else before)
+        held += rows * read * config.hidden_size * item
     cache = 2 * layers * keys * width * tokens * item
     return float(held + cache + rows * config.vocab_size * 4) / MIB

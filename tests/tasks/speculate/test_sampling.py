@@ -120,7 +120,7 @@ def test_the_test_has_power(model: Any, untaught: Any) -> None:
 def test_one_seed_one_text(small: Any, name: str) -> None:
     """With heads, without, with any number of nodes: the same numbers write the same answers."""
     ids = torch.tensor([prompt[:1] * 6 for prompt in small.prompts[:4]])
-    asked = {"max_new_tokens": 20, "do_sample": True, **{"top_k": 0, **SETTINGS[name]}}
+    asked = {"max_new_tokens": 20, "do_sample": True, "top_k": 0, **SETTINGS[name]}
     texts = [
         TurboModel(small.model, heads, lookup=lookup, pace=Fixed(nodes)).generate(
             ids, seed=5, **asked
