@@ -292,6 +292,16 @@ def get_version(client: MlflowClient, name: str, version: str) -> VersionRecord:
     return record_of(client, client.get_model_version(name, version))
 
 
+def require_verified(record: VersionRecord) -> None:
+    """Raise a UserError for a version that did not load as it was trained."""
+    if not record.verified:
+        raise UserError.at(
+            f"{record.name} {record.version}",
+            "was never shown to load as it was trained (peftflow.verified is not true)",
+            "run its recipe again, which verifies it",
+        )
+
+
 def unknown_name(client: MlflowClient, name: str) -> UserError:
     known = [model.name for model in client.search_registered_models()]
     near = difflib.get_close_matches(name, known, n=1)
