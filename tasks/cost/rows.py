@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from schemas.recipe import Train
 from schemas.tasks import TASKS, is_encoder_decoder
+from tasks.core.plan import Plan, Rows
+from tasks.core.schedule import total_steps
 from tasks.core.tokens import TokenRows
-from tasks.train.batching import Layout, Plan, Rows, micro_batches
+from tasks.train.batching import Layout, micro_batches
 from tasks.train.pairs import held_lengths
-from tasks.train.schedule import total_steps
 
 TOKENS = Path("tokens") / "train.safetensors"
 #: Steps whose micro-batches are looked at for the largest.

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from schemas.tasks import is_encoder_decoder
+from tasks.core.plan import Rows
 from tasks.core.tokens import TokenRows
 from tasks.train.batching import (
     Batch,
     Layout,
-    Rows,
     collate,
     collate_packed,
     padded_length,

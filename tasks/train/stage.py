@@ -16,8 +16,10 @@ from schemas.report import CurvePoint
 from schemas.stages import TrainSpec, keyed
 from schemas.tasks import is_encoder_decoder, is_labelled, is_packable, reads_images
 from tasks.core import runtime
+from tasks.core.checkpoint import Checkpoints
 from tasks.core.files import sha256_file, sha256_json, write_atomic
 from tasks.core.models import decoder_start, load_base, read_labels
+from tasks.core.plan import Plan
 from tasks.core.progress import say, warn
 from tasks.core.store import SCRATCH
 from tasks.core.tokens import TokenRows, pixels_file
@@ -25,8 +27,7 @@ from tasks.methods import soft
 from tasks.methods.method import count_parameters, trained
 from tasks.methods.table import method_for, methods_of
 from tasks.train import heap, placement
-from tasks.train.batching import Plan, answer_tokens
-from tasks.train.checkpoint import Checkpoints
+from tasks.train.batching import answer_tokens
 from tasks.train.computed import flops_per_token
 from tasks.train.held import parts_mib
 from tasks.train.loop import Job, make_optimizer, train

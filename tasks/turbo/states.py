@@ -1,0 +1,86 @@
+"""What the teacher wrote and thought, on disk: every epoch reads it, and the model runs once.
+
+    scratch/states/00007.safetensors     the texts of a few prompts, end to end
+        states   [T, D]   what the lm_head read where each token was written, in the model's dtype
+        tokens   int32 [T]     the token that was written there
+        offsets  int64 [N + 1] text i is states[offsets[i]:offsets[i + 1]]
+
+A shard is written beside its place, synced and renamed: one that is there is whole, so that a
+killed stage goes on behind the last. They are memory-mapped: what is in memory is a step's rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tasks.core.files import fsync_path
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Some texts: states_TD, tokens_T and, for N texts, offsets [N + 1]."""
+
+    states_TD: torch.Tensor
+    tokens_T: torch.Tensor
+    offsets: torch.Tensor
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    return directory / f"{number:05d}.safetensors"
+
+
+def save(texts: Texts, directory: Path, number: int) -> None:
+    """Write one shard, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    work = directory / f".unfinished-{os.getpid()}"
+    tensors = {"states": texts.states_TD, "tokens": texts.tokens_T, "offsets": texts.offsets}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work)
+    fsync_path(work)
+    os.replace(work, shard_path(directory, number))
+    fsync_path(directory)
+
+
+class States:
+    """All shards of a directory, as one sequence of texts."""
+
+    def __init__(self, directory: Path, shards: int) -> None:
+        self.files = [
+            safe_open(shard_path(directory, number), framework="pt") for number in range(shards)
+        ]
+        lengths: list[int] = []
+        self.places: list[tuple[int, int]] = []  # of each text: its shard, its first token there
+        for number, file in enumerate(self.files):
+            offsets = file.get_tensor("offsets").tolist()  # type: ignore[no-untyped-call]
+            self.places += [(number, start) for start in offsets[:-1]]
+            lengths += [end - start for start, end in pairwise(offsets)]
+        self.lengths: NDArray[np.int64] = np.array(lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def texts(self, chosen: NDArray[np.int64]) -> Texts:
+        """Some of the texts, in that order."""
+        states, tokens = [], []
+        for index in chosen.tolist():
+            shard, start = self.places[index]
+            part = slice(start, start + int(self.lengths[index]))
+            states.append(self.files[shard].get_slice("states")[part])
+            tokens.append(self.files[shard].get_slice("tokens")[part])
+        ends = np.cumsum([0, *self.lengths[chosen]])
+        return Texts(torch.cat(states), torch.cat(tokens), torch.from_numpy(ends))
+
+
+def shards_of(count: int, size: int) -> Iterator[tuple[int, slice]]:
+    """Number and texts of each shard."""
+    for number, start in enumerate(range(0, count, size)):
+        yield number, slice(start, min(start + size, count))
