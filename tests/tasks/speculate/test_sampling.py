@@ -92,7 +92,7 @@ class Greedier(Sampled):
     def __call__(self, logits_BNV: torch.Tensor, rows: Any, position_BN: torch.Tensor) -> Any:
         chosen_BN = super().__call__(logits_BNV, rows, position_BN)
         best = logits_BNV.softmax(-1).max(-1)
-        return torch.where((best.values > 0.5) & (position_BN > 0), best.indices, chosen_BN)
+        return torch.where((best.values > 0.2) & (position_BN > 0), best.indices, chosen_BN)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
