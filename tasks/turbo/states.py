@@ -14,6 +14,7 @@ memory-mapped: what is in memory is a step's rows.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ class Texts:
     offsets: torch.Tensor
 
 
+#: The entry of a shard's metadata that says how it was made.
+MADE = "made"
+
+
 def shard_path(directory: Path, number: int) -> Path:
     return directory / f"{number:05d}.safetensors"
 
@@ -51,8 +56,9 @@ def save(texts: Texts, directory: Path, number: int) -> None:
     work = directory / f".unfinished-{os.getpid()}"
     tensors = {"states": texts.states_TD, "tokens": texts.tokens_T, "offsets": texts.offsets}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"sha256": digest(tensors), "threads": str(torch.get_num_threads())}
-    save_file(tensors, work, metadata)
+    made = {"sha256": digest(tensors), "threads": torch.get_num_threads()}
+    # One entry: safetensors writes several in an order that differs each time.
+    save_file(tensors, work, {MADE: json.dumps(made)})
     fsync_path(work)
     os.replace(work, shard_path(directory, number))
     fsync_path(directory)
@@ -75,10 +81,10 @@ def is_whole(directory: Path, number: int) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if digest(tensors) == file.metadata()["sha256"]:
+            if digest(tensors) == json.loads(file.metadata()[MADE])["sha256"]:
                 return True
             problem = "its hash differs"
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
         problem = f"{type(error).__name__}: {error}"
     warn(f"{path} is damaged ({problem}); its texts are written again")
     path.unlink()
@@ -89,8 +95,8 @@ def begun_with(directory: Path) -> int | None:
     """Threads with which the first shard was computed, on which its sums depend."""
     try:
         with safe_open(shard_path(directory, 0), framework="pt") as file:
-            return int(file.metadata()["threads"])
-    except (OSError, SafetensorError, TypeError, KeyError):
+            return int(json.loads(file.metadata()[MADE])["threads"])
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError):
         return None
 
 
