@@ -126,8 +126,8 @@ class Writer:
         the model knows.
 
         Raises:
-            HeadsError: the model is another one by now than the heads are for.
             PromptError: a prompt without tokens, or with more than the model has positions.
+            HeadsError: the model is another one by now than the heads are for.
         """
         if self.guard is not None:
             self.guard.require()
