@@ -111,7 +111,7 @@ def test_heads_are_made_measured_and_shown(record: dict[str, Any], home: Path) -
     assert figures["turbo_parameters"] == facts["parameters"]
     assert {"speedup_b1", "speculation_b3", "tokens_per_pass_b1"} <= figures.keys()
     assert "turbo_parameters" not in record["candidates"][0]["figures"]
-    assert "Turbo" in Path(record["report"]).read_text()
+    assert 'id="turbo"' in Path(record["report"]).read_text()
 
 
 def test_the_version_carries_heads_and_their_code_and_loads_as_it_was_trained(
