@@ -57,7 +57,12 @@ def recipe(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
         "base": {**tree["base"], "dtype": "float32"},
         "candidates": [{**lora, "method": "turbo_lora", "turbo": turbo}],
         "train": {**tree["train"], "max_steps": 30},
-        "evaluate": {**tree["evaluate"], "max_new_tokens": 24, "batch_sizes": [1, 3]},
+        "evaluate": {
+            **tree["evaluate"],
+            "max_new_tokens": 24,
+            "generate_rows": 8,
+            "batch_sizes": [1, 3],
+        },
         "finish": {"merge": False},
     }
     path = tmp_path_factory.mktemp("turbo") / "tiny.yaml"
@@ -136,7 +141,6 @@ def test_a_stranger_gets_the_same_answers_with_heads_and_without(
     lines = [json.loads(line) for line in (evaluated / "predictions.jsonl").open()]
     rows = (entry_of(record, home, "prepare") / "test_rows.jsonl").open()
     prompts = {row["row"]: row["prompt"] for row in map(json.loads, rows)}
-    # Each text once: as a conversation would be sent, where a row is one.
     asked = [prompts[line["row"]] for line in lines]
     # What other tests of this process have told MLflow is not for this one.
     own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
