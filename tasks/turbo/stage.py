@@ -71,7 +71,7 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
             f"the model writes something after {len(written)} of {len(states)} prompts alone",
             "give more train rows, or more `prompts`",
         )
-    made_for = {"model": fingerprint(parts.model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    made_for = {"model": fingerprint(parts), "tokenizer": tokenizer_fingerprint(tokenizer)}
     heads = TurboHeads(replace(config, made_for=made_for), spec.turbo.seed).to(parts.device)
     parameters, medusa = config.parameters, config.medusa_parameters
     say(
