@@ -163,6 +163,31 @@ def test_a_stranger_gets_the_same_answers_with_heads_and_without(
     assert not_with == 0
 
 
+def test_generate_streams_the_answer_and_says_how_fast_it_came(
+    record: dict[str, Any], home: Path, peftflow: Any
+) -> None:
+    evaluated = entry_of(record, home, "evaluate", "finished")
+    line = json.loads((evaluated / "predictions.jsonl").open().readline())
+    rows = (entry_of(record, home, "prepare") / "test_rows.jsonl").open()
+    [prompt] = [row["prompt"] for row in map(json.loads, rows) if row["row"] == line["row"]]
+    asked = ("generate", "tiny/1", "--prompt", prompt, "--home", home)
+    ended = peftflow(*asked)
+    assert ended.code == 0, ended.err
+    # Standard output is the answer alone.
+    assert ended.out == line["got"] + "\n"
+    assert "tokens a pass of the model" in ended.err
+    assert "the same text" in ended.err
+    without = peftflow(*asked, "--no-turbo", "--max-new-tokens", "3")
+    assert without.out.strip()
+    assert line["got"].startswith(without.out.rstrip("\n"))
+    assert "without Turbo heads (left out)" in without.err
+    drawn = [peftflow(*asked, "--temperature", "1.5", "--seed", seed).out for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    unknown = peftflow("generate", "tiny@nobody", "--prompt", prompt, "--home", home)
+    assert unknown.code == 2
+    assert "no version has the alias nobody" in unknown.err
+
+
 def test_run_again_finds_everything(
     record: dict[str, Any], recipe: Path, home: Path, peftflow: Any
 ) -> None:
