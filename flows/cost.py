@@ -62,9 +62,7 @@ def maker(recipe: Recipe, home: Home) -> Iterator[Make]:
         yield lambda call: run_stage(call, home, lambda event: None)
 
 
-def costs(
-    recipe: Recipe, calls: Calls | None, home: Home, device: str | None, make: Make
-) -> Costs:
+def costs(recipe: Recipe, calls: Calls | None, home: Home, device: str | None, make: Make) -> Costs:
     """Each candidate's costs; from the store where they were found before.
 
     calls: None where the recipe gives a shape in place of a base. make: see `maker`.

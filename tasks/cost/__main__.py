@@ -1,5 +1,4 @@
-"""`python -m tasks.cost CALL.json --store DIR`; with - for CALL.json it is read from standard input,
-when all is imported."""
+"""`python -m tasks.cost CALL.json --store DIR`."""
 
 from schemas.stages import CostSpec
 from tasks.cost import lean

@@ -79,12 +79,13 @@ NUMBERS: Given = {
     "sym_and": lambda *terms: all(terms),
     "sym_or": lambda *terms: any(terms),
 }
-#: Torch asks whether a number is one of sympy's.
+#: What torch asks whether something is one of: a number of sympy's, a tensor of the other.
 NO_SYMBOL: Given = {"Basic": type("Basic", (), {})}
+NO_SHARD: Given = {"DTensor": type("DTensor", (), {})}
 
 
 def start() -> None:
-    """Import torch and transformers without what a plan has no use for."""
+    """Import the libraries without what a plan has no use for."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Nothing of what is imported is garbage.
     gc.disable()
@@ -96,9 +97,10 @@ def start() -> None:
     import torch.distributed
 
     torch.distributed.is_available = lambda: False
+    put_off("torch.distributed.tensor", NO_SHARD)
     torch.compile = unchanged
-    put_off("torch._dynamo", MARKS, "_trace_wrapped_higher_order_op")
     put_off("torch.fx.experimental.symbolic_shapes", NUMBERS)
+    put_off("torch._dynamo", MARKS, "_trace_wrapped_higher_order_op")
     import transformers
 
     # It would read its 2,000 files a second time.

@@ -12,9 +12,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from schemas.errors import StageError
 
@@ -28,23 +29,30 @@ def side_by_side(works: Sequence[Callable[[], T]]) -> list[T]:
     Raises:
         StageError: the first that raised something or was ended, when all are through.
     """
-    cores = len(os.sched_getaffinity(0))
-    if cores == 1 or len(works) == 1:
+    forks = min(len(os.sched_getaffinity(0)), len(works))
+    if forks == 1:
         return [work() for work in works]
+    left = iter(range(len(works)))
     answers: dict[int, T | StageError] = {}
-    running: dict[Connection, tuple[int, ForkProcess]] = {}
-    while len(answers) < len(works):
-        while len(running) < cores and (number := len(answers) + len(running)) < len(works):
-            ours, theirs = FORK.Pipe(duplex=False)
-            fork = FORK.Process(target=_answer, args=(works[number], theirs), daemon=True)
-            fork.start()
-            # The fork's alone, so that its end is the pipe's.
-            theirs.close()
-            running[ours] = number, fork
-        for pipe in wait(list(running)):
+    busy: dict[Connection, tuple[int, ForkProcess]] = {}
+    for _, number in zip(range(forks), left, strict=False):
+        ours, theirs = FORK.Pipe()
+        fork = FORK.Process(target=_serve, args=(works, theirs), daemon=True)
+        fork.start()
+        # The fork's alone, so that its end is the pipe's.
+        theirs.close()
+        ours.send(number)
+        busy[ours] = number, fork
+    while busy:
+        for pipe in wait(list(busy)):
             assert isinstance(pipe, Connection)
-            number, fork = running.pop(pipe)
+            number, fork = busy.pop(pipe)
             answers[number] = _taken(pipe, fork)
+            following = next(left, None)
+            with suppress(OSError):  # it was ended
+                pipe.send(following)
+                if following is not None:
+                    busy[pipe] = following, fork
     found: list[T] = []
     for _, answer in sorted(answers.items()):
         if isinstance(answer, StageError):
@@ -53,24 +61,27 @@ def side_by_side(works: Sequence[Callable[[], T]]) -> list[T]:
     return found
 
 
-def _answer(work: Callable[[], T], pipe: Connection) -> None:
-    """In the fork. An exception is told in words, as not every one can be pickled."""
-    try:
-        pipe.send(work())
-    except Exception as error:
-        traceback.print_exc(file=sys.stderr)
-        pipe.send(StageError(str(error) or type(error).__name__))
+def _serve(works: Sequence[Callable[[], T]], pipe: Connection) -> None:
+    """In a fork: the works that it is told of, until its parent has no more. An exception is told
+    in words, as not every one can be pickled."""
+    with suppress(EOFError, OSError):  # its parent was ended
+        while True:
+            number = pipe.recv()
+            if number is None:
+                return
+            try:
+                pipe.send(works[number]())
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                pipe.send(StageError(str(error) or type(error).__name__))
 
 
-def _taken(pipe: Connection, fork: ForkProcess) -> T | StageError:  # type: ignore[type-var]
-    """In its parent."""
+def _taken(pipe: Connection, fork: ForkProcess) -> Any:
+    """In the parent: an answer, or how the fork ended without one."""
     try:
-        answer: T | StageError = pipe.recv()
-    except EOFError:
+        return pipe.recv()
+    except (EOFError, OSError):
         fork.join()
         code = fork.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"code {code}"
-        answer = StageError(f"a candidate's plan was ended by {name} (out of memory?)")
-    pipe.close()
-    fork.join()
-    return answer
+        return StageError(f"the plan of a candidate was ended by {name} (out of memory?)")

@@ -23,8 +23,8 @@ from tasks.cost import memory
 from tasks.cost.dry import dry_run
 from tasks.cost.larger import larger
 from tasks.cost.rows import FullRow, mean_of
-from tasks.cost.side_by_side import side_by_side
 from tasks.cost.shapes import base_on_meta, candidate_on_meta, config_of
+from tasks.cost.side_by_side import side_by_side
 from tasks.methods import soft
 from tasks.methods.method import count_parameters, head_parameters, trained
 from tasks.methods.table import method_for, methods_of
