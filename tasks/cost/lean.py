@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -76,9 +76,12 @@ NUMBERS: Given = {
     "guarding_hint_or_throw": lambda size: size,
     "has_guarding_hint": lambda size: True,
     "is_nested_int": lambda size: False,
+    "free_unbacked_symbols": lambda of: set(),
     "sym_and": lambda *terms: all(terms),
     "sym_or": lambda *terms: any(terms),
+    "sym_eq": lambda x, y: tuple(x) == tuple(y) if isinstance(x, Sequence) else x == y,
 }
+LARGEST: Given = {"Max": max}
 #: What torch asks whether something is one of: a number of sympy's, a tensor of the other.
 NO_SYMBOL: Given = {"Basic": type("Basic", (), {})}
 NO_SHARD: Given = {"DTensor": type("DTensor", (), {})}
@@ -100,13 +103,14 @@ def start() -> None:
     put_off("torch.distributed.tensor", NO_SHARD)
     torch.compile = unchanged
     put_off("torch.fx.experimental.symbolic_shapes", NUMBERS)
+    put_off("torch.utils._sympy.functions", LARGEST)
     put_off("torch._dynamo", MARKS, "_trace_wrapped_higher_order_op")
     import transformers
 
     # It would read its 2,000 files a second time.
     put_off("transformers.models", {"__path__": [f"{transformers.__path__[0]}/models"]})
-    import transformers.modeling_utils
-    import transformers.models.auto
+    for needed in ("numpy.random", "transformers.modeling_utils", "transformers.models.auto"):
+        importlib.import_module(needed)
 
 
 def started() -> None:
