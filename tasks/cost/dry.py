@@ -146,7 +146,7 @@ def _penalty(model: nn.Module, course: Course) -> tuple[float, float]:
 
 
 def without_numbers(model: nn.Module) -> None:
-    """Weights on meta become fake ones on a CPU, so that autocast and kernels take them for real;
+    """Weights on meta become hollow ones, so that autocast and kernels take them for real;
     tied ones stay tied. Of PEFT's tuners some keep tensors in plain dictionaries of a module."""
     # Both of a pair are kept: an id is free again when its tensor is gone.
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -156,8 +156,8 @@ def without_numbers(model: nn.Module) -> None:
                 if not isinstance(tensor, torch.Tensor):
                     continue
                 if id(tensor) not in made:
-                    fake = four_bits.with_scales(_hollow(tensor), tensor, _hollow)
-                    made[id(tensor)] = tensor, fake
+                    hollow = four_bits.with_scales(_hollow(tensor), tensor, _hollow)
+                    made[id(tensor)] = tensor, hollow
                 slots[name] = made[id(tensor)][1]
         if isinstance(module, nn.RNNBase):  # it holds its weights in a list too
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]

@@ -1,8 +1,8 @@
 """A ledger of one pass: bytes that live, their peak, and FLOPs, from the operations themselves.
 
-Weights are fake tensors (shapes that say they are on a CPU), so nothing is computed with them,
-while index tensors are real and small, so that all that depends on the rows comes out as it would.
-What training would ask a fake number (is any probability too small?) is answered with no.
+Weights are hollow (`tasks/cost/hollow.py`), so nothing is computed with them, while index tensors
+are real and small, so that all that depends on the rows comes out as it would. What training would
+ask a number that is not there (is any probability too small?) is answered with no.
 """
 
 from __future__ import annotations
