@@ -18,7 +18,7 @@ from flows.home import Home
 from flows.hub import base_directory, sources
 from flows.machine import Dtype, resolve_dtype
 from flows.remember import FileHashes
-from schemas.candidates import TrainOverrides
+from schemas.candidates import CandidateBase, TrainOverrides
 from schemas.errors import Problem, StageError, UserError
 from schemas.load import resolve
 from schemas.manifest import FileFormat
@@ -36,9 +36,11 @@ from schemas.stages import (
     RegisterSpec,
     Spec,
     TrainSpec,
+    TurboSpec,
 )
 from schemas.tasks import is_labelled, reads_images
 from schemas.together import Candidate
+from schemas.turbo import Turbo
 from tasks.core.bases import base_files, require_safetensors, tokenizer_files
 from tasks.core.store import read_manifest
 from tasks.prepare.references import named_images
@@ -106,10 +108,7 @@ class Calls:
 
     def inspect(self) -> Step:
         """Reads the base's configuration alone: shapes need no weights and no rows."""
-        candidates = [
-            candidate.model_copy(update={"train": TrainOverrides()})
-            for candidate in self.recipe.candidates
-        ]
+        candidates = [labelled(candidate) for candidate in self.recipe.candidates]
         spec = InspectSpec(task=self.recipe.task, candidates=candidates)
         outside = {"base": self._hashes.of_files([self.base / "config.json"])}
         return self._step(spec, "report", paths=self._with_base, outside=outside)
@@ -173,15 +172,19 @@ class Calls:
             schedule = Train(seed=schedule.seed) if candidate.seeded else Train()
         spec = TrainSpec(
             task=self.recipe.task,
-            candidate=candidate.model_copy(update={"name": None, "train": TrainOverrides()}),
+            candidate=candidate.as_trained(),
             train=schedule,
             dtype=self.dtype,
         )
         kind, inputs = candidate.FORMAT, {"prepared": rows}
         return self._step(spec, kind, inputs, self._with_base, self._weights, candidate.label)
 
-    def evaluate(self, label: str, rows: Made, subject: Made | None) -> Step:
+    def evaluate(
+        self, label: str, rows: Made, subject: Made | None, heads: Made | None = None
+    ) -> Step:
         """`subject` is None for the untouched base; `label` is `base`, `finished` or a candidate's.
+
+        heads: with which the subject is to write.
 
         Of the training schedule only what a step costs is told: how many tokens it takes.
         """
@@ -198,7 +201,8 @@ class Calls:
             ),
             dtype=self.dtype,
         )
-        inputs = {"prepared": rows} | ({"subject": subject} if subject else {})
+        given = {"subject": subject, "heads": heads}
+        inputs = {"prepared": rows} | {name: made for name, made in given.items() if made}
         return self._step(spec, "report", inputs, self._with_base, self._weights, label)
 
     def score(self, like: Step, rows: Made, trained: Made) -> Step:
@@ -256,7 +260,20 @@ class Calls:
         inputs = {"trained": trained, **labels}
         return self._step(spec, "transformers", inputs, self._with_base, self._weights, label)
 
-    def register(self, rows: Made, finished: Made, evaluated: Made, page: Made) -> Step:
+    def turbo(self, label: str, turbo: Turbo, rows: Made, finished: Made) -> Step:
+        """Heads for the finished model."""
+        spec = TurboSpec(
+            task=self.recipe.task,
+            turbo=turbo,
+            max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            dtype=self.dtype,
+        )
+        inputs = {"prepared": rows, "subject": finished}
+        return self._step(spec, "heads", inputs, self._with_base, self._weights, label)
+
+    def register(
+        self, rows: Made, finished: Made, evaluated: Made, page: Made, heads: Made | None = None
+    ) -> Step:
         recipe = self.recipe
         spec = RegisterSpec(
             task=recipe.task,
@@ -267,6 +284,8 @@ class Calls:
             tracking=self.home.registry,
         )
         inputs = {"prepared": rows, "finished": finished, "evaluated": evaluated}
+        if heads is not None:
+            inputs["heads"] = heads
         # Not of the key: a version keeps the page of the run that made it.
         paths = self._with_base | {"page": page.path}
         return self._step(spec, "registration", inputs, paths, self._weights)
@@ -329,11 +348,18 @@ class Calls:
         return Step(call, label)
 
 
+def labelled(candidate: Candidate) -> CandidateBase:
+    """A candidate as it is trained, under the name that it has in the recipe's tables."""
+    trained = candidate.as_trained()
+    alike = trained.default_name() == candidate.default_name()
+    return trained.model_copy(update={"name": candidate.name if alike else candidate.label})
+
+
 def cost_spec(recipe: Recipe, dtype: str) -> CostSpec:
     """Of a recipe what decides costs: how much is trained at a time, and nothing of how."""
     train, evaluate = recipe.train, recipe.evaluate
     candidates = [
-        candidate.model_copy(
+        labelled(candidate).model_copy(
             update={
                 "train": TrainOverrides(
                     epochs=candidate.train.epochs,

@@ -18,6 +18,13 @@ COLUMNS = 5
 #: The second line of a heading without a unit.
 NOTHING = "\n"
 FIRST_RATIO = re.compile(r"prefill_ratio_b(\d+)")
+#: Of Turbo heads, for each batch size: figure, words, format.
+TURBO = (
+    ("tokens_per_s", "tokens/s", ",.0f"),
+    ("speedup", "× generate()", ".2f"),
+    ("speculation", "× no drafts", ".2f"),
+    ("tokens_per_pass", "tokens a pass", ".2f"),
+)
 #: Metrics of which less is better.
 LESS = {name for known in TASK_METRICS.values() for name, more in known.items() if not more}
 
@@ -87,7 +94,20 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
         Line("swapping", "one adapter to another, ms", reader("swap_ms"), ".2f", True),
         Line("", "ten adapters, MiB", reader("ten_adapters_mib"), ",.2f", True),
     ]
-    shown = [*fixed, *accuracy, *ratios, *swaps]
+    sizes = dict.fromkeys(
+        name.removeprefix("speedup_b")
+        for s in subjects
+        for name in s.figures
+        if name.startswith("speedup_b")
+    )
+    turbo = [
+        Line("", f"{what}, batch {size}", reader(f"{name}_b{size}"), form, False)
+        for size in sizes
+        for name, what, form in TURBO
+    ]
+    if turbo:
+        turbo[0] = Line("turbo", *list(vars(turbo[0]).values())[1:])
+    shown = [*fixed, *accuracy, *ratios, *swaps, *turbo]
     return [line for line in shown if any(line.get(s) is not None for s in subjects)]
 
 

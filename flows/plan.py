@@ -127,6 +127,8 @@ def planned(calls: Calls) -> tuple[list[Found], dict[str, str]]:
     after = ["compare", "evaluate finished", "report", "register"]
     if calls.recipe.finish.merge:
         after.insert(1, "merge")
+    if calls.recipe.finish.turbo or any(one.heads() for one in calls.recipe.candidates):
+        after.insert(-3, "turbo")
     later = dict.fromkeys([name for name in after if name not in known], "after the selection")
     return hands.steps, trials_left(calls, hands.steps) | later
 

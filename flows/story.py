@@ -122,15 +122,20 @@ def story(calls: Calls, hands: Hands) -> Outcome:
         choice = replace(choice, why=f"{choice.why}; {method} {unmerged(chosen)}")
     if recipe.finish.merge and chosen.MERGES:
         finished = hands.make(calls.merge(choice.label, rows, finished))
-    evaluated = hands.make(calls.evaluate("finished", rows, finished))
+    heads = None
+    if (turbo := chosen.heads() or recipe.finish.turbo) is not None:
+        heads = hands.make(calls.turbo(choice.label, turbo, rows, finished))
+    evaluated = hands.make(calls.evaluate("finished", rows, finished, heads))
 
     trials = {label: found.told for label, found in searched.items()}
     curves = {f"train:{label}": trained[label] for label in measured}
     pages = {f"evaluate:{label}": entry for label, entry in measured.items()}
     pages = {"evaluate:base": base, **pages, "evaluate:finished": evaluated}
     inputs = {"prepared": rows, **curves, **pages, "comparison": compared, **told}
+    if heads is not None:
+        inputs["turbo"] = heads
     page = hands.make(calls.page(inputs, choice.label, choice.why, hands.failed, trials))
-    registered = hands.make(calls.register(rows, finished, evaluated, page))
+    registered = hands.make(calls.register(rows, finished, evaluated, page, heads))
     registration = read(Registration, registered.path / "registration.json")
 
     last = {"base": criteria(base), "finished": criteria(evaluated)}

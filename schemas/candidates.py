@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from schemas.frozen import NAME, Frozen
 from schemas.manifest import ModelFormat
+from schemas.turbo import Turbo
 
 
 class TrainOverrides(Frozen):
@@ -36,6 +37,7 @@ class CandidateBase(Frozen):
     CHANGES: what it changes. Two with a word in common cannot learn together.
     LAYER: its place among others on one base: what is inside of layers, and around them, and
         before the row.
+    HEADLESS: why no Turbo heads can be trained for it; empty: they can.
     """
 
     MERGES: ClassVar[bool] = True
@@ -44,6 +46,7 @@ class CandidateBase(Frozen):
     ALONE: ClassVar[str] = ""
     CHANGES: ClassVar[frozenset[str]] = frozenset()
     LAYER: ClassVar[int] = 0
+    HEADLESS: ClassVar[str] = ""
 
     name: str | None = Field(None, pattern=NAME, description="Shown in tables; unique.")
     train: TrainOverrides = Field(default_factory=TrainOverrides)
@@ -66,6 +69,15 @@ class CandidateBase(Frozen):
 
     def default_name(self) -> str:
         return self.method
+
+    def as_trained(self) -> CandidateBase:
+        """Of it what decides its training, beside the schedule: two that are the same here are
+        trained once."""
+        return self.model_copy(update={"name": None, "train": TrainOverrides()})
+
+    def heads(self) -> Turbo | None:
+        """The Turbo heads that belong to it, beside those of the recipe's `finish`."""
+        return None
 
 
 class Full(CandidateBase):
@@ -96,12 +108,19 @@ class PromptBase(CandidateBase):
 class ZeroShot(PromptBase):
     """The base as it is, asked with the prompt alone: the yardstick of all that adds to it."""
 
-    method: Literal["zero_shot"]
+    method: Literal["zero_shot", "none"] = Field(description="none: another word for zero_shot.")
+
+    @field_validator("method")
+    @classmethod
+    def _one_word(cls, method: str) -> str:
+        return "zero_shot"
 
 
 class FewShot(PromptBase):
     """The base as it is, with train rows in front of each prompt. Brown et al. 2020,
     arXiv:2005.14165."""
+
+    HEADLESS: ClassVar[str] = "shows examples before each prompt, which heads do not learn from"
 
     method: Literal["few_shot"]
     examples: int = Field(
@@ -177,6 +196,23 @@ class Lora(LoraBase):
     def default_name(self) -> str:
         start = "" if self.init == "default" else f"-{self.init}"
         return super().default_name() + start
+
+
+class TurboLora(Lora):
+    """LoRA for quality, and Turbo heads for speed once it is the one that is finished. The two
+    are trained one after the other: the heads foresee what LoRA has made of the model."""
+
+    ALONE: ClassVar[str] = "is LoRA with heads that come last: compose lora, and set finish.turbo"
+
+    method: Literal["turbo_lora"]  # type: ignore[assignment]
+    turbo: Turbo = Field(default_factory=Turbo)
+
+    def as_trained(self) -> CandidateBase:
+        values = super().as_trained().model_dump(exclude={"turbo"})
+        return Lora.model_validate(values | {"method": "lora"})
+
+    def heads(self) -> Turbo | None:
+        return self.turbo
 
 
 class QLora(LoraBase):
@@ -345,6 +381,7 @@ class SoftPrompt(CandidateBase):
     MERGES: ClassVar[bool] = False
     CHANGES: ClassVar[frozenset[str]] = frozenset({"what stands before a row"})
     LAYER: ClassVar[int] = 4
+    HEADLESS: ClassVar[str] = "has virtual tokens before each row, which no pass of a draft writes"
 
     virtual_tokens: int = Field(
         20, ge=1, description="Tokens in front of every row. They count towards its length."
@@ -446,6 +483,7 @@ Single = (
     | ZeroShot
     | FewShot
     | Lora
+    | TurboLora
     | QLora
     | AdaLora
     | Ia3

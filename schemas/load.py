@@ -29,7 +29,9 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 #: The class of each candidate by its `method`. Pydantic's locations name these as well.
-_METHODS = {get_args(model.model_fields["method"].annotation)[0]: model for model in KINDS}
+_METHODS = {
+    name: model for model in KINDS for name in get_args(model.model_fields["method"].annotation)
+}
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -56,7 +58,12 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply(tree, override)
     source = _Document(path, root, tree)
-    problems = [*_figure_problems(source), *_text_problems(source), *_file_problems(source)]
+    problems = [
+        *_figure_problems(source),
+        *_text_problems(source),
+        *_turbo_problems(source),
+        *_file_problems(source),
+    ]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -260,6 +267,38 @@ def _text_problems(source: _Document) -> Iterator[Problem]:
         if value is not None:
             found = f"found {_short(value)}, which is said of texts, and {task} reads images"
             yield Problem(source.place(location), found, "take it out")
+
+
+def _turbo_problems(source: _Document) -> Iterator[Problem]:
+    """Turbo heads where there is nothing that they could draft, or nobody who could be finished
+    with them."""
+    candidates = source.get("candidates")
+    candidates = candidates if isinstance(candidates, list) else []
+    asked = source.get("finish", "turbo") is not None
+    places: list[list[int | str]] = [["finish", "turbo"]] if asked else []
+    for index, candidate in enumerate(candidates):
+        parts = candidate if isinstance(candidate, list) else [candidate]
+        if isinstance(candidate, dict) and isinstance(candidate.get("of"), list):
+            parts = candidate["of"]
+        methods = [part.get("method") for part in parts if isinstance(part, dict)]
+        if "turbo_lora" in methods:
+            places.append(["candidates", index, "method"])
+        for method in methods if asked else []:
+            why = getattr(_METHODS.get(method), "HEADLESS", "") if isinstance(method, str) else ""
+            if why:
+                yield Problem(
+                    source.place(["candidates", index]),
+                    f"{method} {why}, and finish.turbo trains heads for whichever is selected",
+                    "make it a recipe of its own, or take `turbo` out",
+                )
+    task = source.get("task")
+    if isinstance(task, str) and task in TASKS and task != "causal-lm":
+        for place in places:
+            yield Problem(
+                source.place(place),
+                f"Turbo heads draft the tokens of a causal language model, and the task is {task}",
+                "take it out" if place == ["finish", "turbo"] else "choose lora",
+            )
 
 
 def _file_problems(source: _Document) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 #: What a train entry's `model/` holds: an adapter, a whole model, or what stands before a prompt.
 ModelFormat = Literal["peft-adapter", "transformers", "prompt"]
-FileFormat = Literal[ModelFormat, "rows", "report", "page", "registration"]
+FileFormat = Literal[ModelFormat, "rows", "report", "page", "registration", "heads"]
 
 
 class FileRecord(BaseModel):

@@ -24,6 +24,7 @@ from schemas.candidates import TrainOverrides
 from schemas.frozen import NAME, Frozen
 from schemas.tasks import Task
 from schemas.together import Candidate
+from schemas.turbo import Turbo
 
 #: What a row is made of.
 Column = Literal["messages", "prompt", "completion", "text", "label", "spans", "image"]
@@ -256,6 +257,9 @@ class Finish(Frozen):
     """What becomes of the selected candidate before it is registered."""
 
     merge: bool = Field(True, description="Fold the adapter into the base's weights.")
+    turbo: Turbo | None = Field(
+        None, description="Heads that draft tokens ahead, for causal-lm: the same text, faster."
+    )
 
 
 class Register(Frozen):

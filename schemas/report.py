@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.tasks import TASKS, is_labelled
+from schemas.tasks import TASKS, is_encoder_decoder, is_labelled
 
 
 class Strict(BaseModel):
@@ -200,6 +200,37 @@ class Swapping(Strict):
     equal: bool = Field(description="Coming back gives the logits of a fresh load, bit for bit.")
 
 
+class Speed(Strict):
+    """How fast answers are written at one batch size. Tokens a second, of all rows together;
+    ratios are of the same rows in the same turn: their median and its 95 % interval."""
+
+    batch_size: int
+    generate_tokens_per_s: float = Field(description="transformers' own greedy generate().")
+    plain_tokens_per_s: float = Field(description="The loop that verifies drafts, without any.")
+    heads_tokens_per_s: float
+    speedup: Interval = Field(description="With heads, over generate().")
+    speculation: Interval = Field(description="With heads, over the same loop without.")
+    tokens_per_pass: float = Field(description="That a row's pass of the model brought.")
+
+
+class Speculation(Strict):
+    """What Turbo heads do for the finished model."""
+
+    heads: int
+    rank: int
+    state: int
+    parameters: int
+    medusa_parameters: int = Field(description="Of Medusa-1 with as many heads on this base.")
+    stored_bytes: int
+    speeds: list[Speed]
+    accepted: list[float] = Field(
+        description="Of the passes at the first batch size that had a draft so deep, the share in "
+        "which it was right, from depth 1."
+    )
+    rows: int = Field(description="Test rows that were answered.")
+    alike: int = Field(description="Of these, those with the same answer as generate() gives.")
+
+
 class Example(Strict):
     prompt: str
     expected: str
@@ -223,6 +254,11 @@ class CriteriaReport(Strict):
     accuracy: Accuracy
     inference_overhead: list[Latency]
     swapping: Swapping | None = Field(None, description="None for what is no adapter.")
+    speculation: Speculation | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="None for what has no Turbo heads.",
+    )
     examples: list[Example]
     device: str = Field(description="cpu, or the GPU's name.")
     dtype: str
@@ -242,6 +278,11 @@ class CriteriaReport(Strict):
             "retention_loss": self.accuracy.retention_loss,
             "retention_change": self.accuracy.retention_change,
         }
+        if self.speculation is not None:
+            flat["turbo_parameters"] = self.speculation.parameters
+            for speed in self.speculation.speeds:
+                flat[f"tokens_per_pass_b{speed.batch_size}"] = speed.tokens_per_pass
+                flat[f"tokens_per_s_b{speed.batch_size}"] = speed.heads_tokens_per_s
         flat |= {name: interval.value for name, interval in self.intervals().items()}
         if self.swapping is not None:
             flat |= self.swapping.model_dump(exclude={"equal"})
@@ -258,6 +299,10 @@ class CriteriaReport(Strict):
             for figure in LATENCY_RATIOS
         }
         timed = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        if self.speculation is not None:
+            for speed in self.speculation.speeds:
+                timed[f"speedup_b{speed.batch_size}"] = speed.speedup
+                timed[f"speculation_b{speed.batch_size}"] = speed.speculation
         return self.accuracy.metrics | timed
 
     def tag(self, row: Latency) -> str:
@@ -292,6 +337,10 @@ def figure_names(task: str, batch_sizes: list[int], prompt_lengths: list[int]) -
     timed = [name for name in Latency.model_fields if name not in LATENCY_PLACE]
     if is_labelled(task):
         timed = [name for name in timed if not name.startswith("token_")]
+    if not is_labelled(task) and not is_encoder_decoder(task):
+        fast = ("tokens_per_pass", "tokens_per_s", "speedup", "speculation")
+        names += ["turbo_parameters"]
+        names += [f"{figure}_b{size}" for size, figure in product(batch_sizes, fast)]
     lengths = [None, *prompt_lengths[1:]]
     for size, length, figure in product(batch_sizes, lengths, timed):
         names += [f"{figure}_{latency_tag(size, length, merged)}" for merged in (False, True)]

@@ -20,6 +20,7 @@ from schemas.recipe import Data, Evaluate, Finish, Train
 from schemas.report import Trial
 from schemas.tasks import Task
 from schemas.together import Candidate
+from schemas.turbo import Turbo
 
 
 class Spec(Frozen):
@@ -74,7 +75,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 6
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
@@ -91,7 +92,7 @@ class TrainSpec(Spec):
     a prompt), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 6
+    VERSION: ClassVar[int] = 7
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 
@@ -102,7 +103,8 @@ class TrainSpec(Spec):
 
 
 class EvaluateSpec(Spec):
-    """paths: prepared, base, subject (a train or merge entry; absent for the base itself).
+    """paths: prepared, base, subject (a train or merge entry; absent for the base itself), heads
+    (a turbo entry, where there is one).
 
     The entry: criteria.json (`schemas.report.CriteriaReport`; not for accuracy alone),
     predictions.jsonl, statistics.safetensors (`tasks/core/bootstrap.py`).
@@ -143,19 +145,38 @@ class MergeSpec(Spec):
 
     STAGE: ClassVar[str] = "merge"
     VERSION: ClassVar[int] = 2
+    UNKEYED: ClassVar[tuple[str, ...]] = ("finish.turbo",)
 
     finish: Finish
 
 
+class TurboSpec(Spec):
+    """paths: base, prepared, subject (a train or merge entry).
+
+    The entry: heads/ (`tasks/speculate/heads.py`), curve.json.
+    """
+
+    STAGE: ClassVar[str] = "turbo"
+    VERSION: ClassVar[int] = 1
+    RESUMES: ClassVar[bool] = True
+    UNKEYED: ClassVar[tuple[str, ...]] = ("turbo.checkpoint_every_s",)
+
+    task: Task
+    turbo: Turbo
+    max_new_tokens: int = Field(description="Longest continuation that is learned from.")
+    dtype: Literal["float32", "bfloat16"]
+
+
 class RegisterSpec(Spec):
-    """paths: prepared, base, finished (merge or train entry), evaluated, page.
+    """paths: prepared, base, finished (merge or train entry), evaluated, page, and heads (a turbo
+    entry) where there are any.
 
     The entry: registration.json (`schemas.report.Registration`). The registry itself is named
     by the environment variable MLFLOW_TRACKING_URI, which may hold a secret.
     """
 
     STAGE: ClassVar[str] = "register"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     task: Task
     name: str
@@ -167,13 +188,14 @@ class RegisterSpec(Spec):
 
 class PageSpec(Spec):
     """paths: prepared, train:<label>…, evaluate:<label>…, evaluate:base, evaluate:finished,
-    comparison, and cost and larger (cost on a larger base) where they were told.
+    comparison, cost and larger (cost on a larger base) where they were told, and turbo where
+    there are heads.
 
     The entry: report.html, one file that reads offline.
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     recipe_name: str
     recipe_yaml: str

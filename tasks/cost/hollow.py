@@ -39,7 +39,9 @@ class Hollow(torch.Tensor):
         return f"Hollow({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """The operation on meta. Real tensors beside hollow ones are taken for hollow."""
         if func is torch.ops.prim.device.default:
             return CPU

@@ -101,7 +101,7 @@ def start() -> None:
 
     torch.distributed.is_available = lambda: False
     put_off("torch.distributed.tensor", NO_SHARD)
-    torch.compile = unchanged
+    torch.compile = unchanged  # type: ignore[assignment]
     put_off("torch.fx.experimental.symbolic_shapes", NUMBERS)
     put_off("torch.utils._sympy.functions", LARGEST)
     put_off("torch._dynamo", MARKS, "_trace_wrapped_higher_order_op")

@@ -24,9 +24,10 @@ from tasks.core.entities import IGNORED
 from tasks.core.models import load_tokenizer
 from tasks.core.pictures import data_uri
 from tasks.core.progress import warn
+from tasks.core.stops import stop_ids
 from tasks.core.tokens import TokenRows
 from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object, rouge_l
-from tasks.evaluate.generate import generate, stop_ids
+from tasks.evaluate.generate import generate
 from tasks.evaluate.prompted import Prompted
 from tasks.evaluate.scoring import answer_losses, class_logits, token_scores
 from tasks.evaluate.spans import in_words, marked, predicted, span_counts

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from tasks.core.progress import bar
-from tasks.core.tokens import TokenRows
-from tasks.evaluate.batches import Row, base_of, by_length, pad_id_of
+from tasks.evaluate.batches import Row, by_length, pad_id_of
 from tasks.evaluate.writing import padded_prompts, room_of, writer_of
 
 #: Prompt and answer tokens whose keys and values one batch may hold.
@@ -32,29 +30,6 @@ class Answer:
 
     tokens: list[int]
     stopped: bool
-
-
-def stop_ids(model: torch.nn.Module, tokenizer: Any, rows: TokenRows) -> frozenset[int]:
-    """The ids that end an answer.
-
-    Those that the model and its tokenizer name as end of sequence, and the special token with
-    which the prepared answers end: an end of turn is often named nowhere but in the template.
-    """
-    found: set[int] = set()
-    for holder in (getattr(base_of(model), "generation_config", None), base_of(model).config):
-        named = getattr(holder, "eos_token_id", None)
-        found.update([named] if isinstance(named, int) else named or [])
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    special = set(tokenizer.all_special_ids) | {
-        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    assert rows.answer_start is not None
-    for index in range(len(rows)):
-        learned = rows.row(index)[rows.answer_start[index] :]
-        ends = [int(token) for token in learned if int(token) in special]
-        found.update(ends[-1:])
-    return frozenset(found)
 
 
 @torch.inference_mode()

@@ -14,7 +14,16 @@ from schemas.tasks import TASKS, is_labelled
 from tasks.core import runtime
 from tasks.core.progress import warn
 from tasks.core.tokens import TokenRows
-from tasks.evaluate import accuracy, computation, latency, memory, probes, storage, swapping
+from tasks.evaluate import (
+    accuracy,
+    computation,
+    latency,
+    memory,
+    probes,
+    speculation,
+    storage,
+    swapping,
+)
 from tasks.evaluate.batches import run_on
 from tasks.evaluate.pairs import first_rows
 from tasks.evaluate.probes import Probe
@@ -50,7 +59,11 @@ def measure(
     test_rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
     more = prompted.more_tokens(test_rows)
     overhead = inference_overhead(subject, model, base, spec, test_rows, more)
-    stored = storage.measure(subject, base)
+    fast, heads = None, None
+    if "heads" in paths:
+        heads = paths["heads"] / "heads"
+        fast = speculation.measure(subject, model, heads, test_rows, spec.evaluate)
+    stored = storage.measure(subject, base, heads)
     swapped, swapped_how = swapping.measure(subject, model, base, test_rows)
     del base  # full fine-tuning is measured next, and wants the room
     train_rows = TokenRows.load(paths["prepared"] / "tokens" / "train.safetensors")
@@ -64,10 +77,13 @@ def measure(
         accuracy=scores.accuracy(*retained),
         inference_overhead=overhead,
         swapping=swapped,
+        speculation=fast,
         examples=accuracy.examples(scores.predictions, paths["prepared"]),
         device=device_name(),
         dtype=spec.dtype,
-        how=(words if prompted.shots is None else shown(words, more)) | {"swapping": swapped_how},
+        how=(words if prompted.shots is None else shown(words, more))
+        | {"swapping": swapped_how}
+        | ({} if fast is None else {"speculation": speculation.how(spec.evaluate)}),
     )
     return report, scores
 

@@ -15,6 +15,8 @@ from tasks.core.adapters import CONFIG, TUNER, WEIGHTS, directories
 from tasks.core.bases import base_files
 from tasks.core.shots import EXAMPLES, PROMPT
 from tasks.evaluate.subject import Subject
+from tasks.speculate.heads import CONFIG as HEADS_CONFIG
+from tasks.speculate.heads import WEIGHTS as HEADS_WEIGHTS
 
 #: What is read of each adapter's directory: by PEFT, which may lack a kind's tuner, and by us where
 #: the base is quantised.
@@ -24,17 +26,23 @@ TASKS = 10
 HOW = (
     "bytes of the files that loading needs beside the base: an adapter's weights and "
     "configuration, and its tuner's file if PEFT has no such tuner; every file of a whole model; "
+    "with those of Turbo heads, where it has some; "
     f"0 for the base itself. {TASKS} tasks: the base's weights, configuration and tokenizer once "
     f"and {TASKS} such adapters, or {TASKS} whole models. Parameters: elements of the trained "
     "tensors, and their share of the base's"
 )
 
 
-def measure(subject: Subject, base: torch.nn.Module) -> Storage:
-    """Bytes to ship, trained parameters, and their share of the base's parameters."""
+def measure(subject: Subject, base: torch.nn.Module, heads: Path | None = None) -> Storage:
+    """Bytes to ship, trained parameters, and their share of the base's parameters.
+
+    heads: the directory of Turbo heads that ship with it.
+    """
     trained = trainable_parameters(subject)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     shipped = size(shipped_files(subject))
+    if heads is not None:
+        shipped += size([heads / name for name in (HEADS_CONFIG, HEADS_WEIGHTS)])
     is_whole = subject.whole_dir != subject.base
     return Storage(
         shipped_bytes=shipped,

@@ -1,4 +1,4 @@
-"""LoRA's forward and backward as one function each, in place of PEFT's.
+"""LoRA's forward and backward as one function each, in place of PEFT's; DoRA's too.
 
 PEFT's path casts the layer's input to float32, keeps that copy for the backward pass, and adds
 the update out of place, twice cast. Here the products run in the base's dtype, accumulate into
@@ -9,6 +9,15 @@ of them is one product, and the gradients of the input add up in place.
     y  = x W^T + b + xa (s B)^T            xa = x A^T, s = alpha / rank
     dx = dy W + dxa A                      dxa = dy (s B)
     dA = dxa^T x          dB = s dy^T xa
+
+DoRA (Liu et al. 2024, arXiv:2402.09353) scales each output by g = m / ||W + s B A||, a number for
+each row, of which m learns and the length is taken for a constant (its section 4.3). That is LoRA
+with g W and g B in place of W and B, and the gradient of m needs no more than what came out:
+
+    dm = sum over tokens of dy (y - b) / m
+
+So y is kept, which what follows mostly keeps anyway (attention, activations). g W is made for each
+product and not kept, and the lengths take blocks of rows (`tasks/methods/row_lengths.py`).
 
 Shapes: T tokens, I inputs, O outputs, R rank, S ranks of all layers that share an input.
 """
@@ -23,52 +32,65 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
+from tasks.methods.row_lengths import row_lengths, scaled_rows, sum_of_products
+
 ADAPTER = "default"
+#: Things that `LoraProducts` is given of a layer, and that it keeps of it.
+GIVEN, KEPT = 6, 7
 
 
 class LoraProducts(torch.autograd.Function):
-    """y_TO of each layer from x_TI and, layer by layer, a frozen W_OI (and bias), the scaling,
-    and trained A_RI, B_OR; see the module."""
+    """y_TO of each layer from x_TI and, layer by layer, a frozen W_OI, its bias or None, the
+    scaling, trained A_RI and B_OR, and DoRA's m_O or None; see the module."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: torch.Tensor, *layers: Any) -> tuple[torch.Tensor, ...]:
-        weights, biases, scalings, a_RIs, b_ORs = (layers[i::5] for i in range(5))
-        dtype = weights[0].dtype
-        ctx.x_dtype, ctx.scalings, ctx.ranks = x_TI.dtype, scalings, [len(a) for a in a_RIs]
-        x_TI, a_SI = x_TI.to(dtype), _joined([a.to(dtype) for a in a_RIs], 0)
-        sb_ORs = [(b * scaling).to(dtype) for b, scaling in zip(b_ORs, scalings, strict=True)]
+        parts = [layers[i : i + GIVEN] for i in range(0, len(layers), GIVEN)]
+        dtype, a_RIs = parts[0][0].dtype, [part[3] for part in parts]
+        ctx.x_dtype, ctx.ranks = x_TI.dtype, [len(a_RI) for a_RI in a_RIs]
+        ctx.scalings = [part[2] for part in parts]
+        x_TI, a_SI = x_TI.to(dtype), _joined([a_RI.to(dtype) for a_RI in a_RIs], 0)
+        y_TOs: list[torch.Tensor] = []
+        kept: list[torch.Tensor | None] = []
         with torch.autocast(x_TI.device.type, enabled=False):
             # Contiguous: a product copies what is not.
             xa_TRs = [part.contiguous() for part in torch.split(x_TI @ a_SI.T, ctx.ranks, 1)]
-            y_TOs = tuple(
-                F.linear(x_TI, weight_OI, bias_O).addmm_(xa_TR, sb_OR.T)
-                for weight_OI, bias_O, xa_TR, sb_OR in zip(
-                    weights, biases, xa_TRs, sb_ORs, strict=True
-                )
-            )
-        ctx.save_for_backward(x_TI, a_SI, *weights, *sb_ORs, *xa_TRs)
-        return y_TOs
+            for xa_TR, (weight_OI, bias_O, scaling, a_RI, b_OR, m_O) in zip(
+                xa_TRs, parts, strict=True
+            ):
+                g_O = None if m_O is None else m_O / row_lengths(weight_OI, a_RI, b_OR, scaling)
+                gsb_OR = (b_OR * _factor(scaling, g_O)).to(dtype)
+                y_TO = F.linear(x_TI, _scaled(weight_OI, g_O), bias_O).addmm_(xa_TR, gsb_OR.T)
+                y_TOs.append(y_TO)
+                of_m = (None, None, None) if m_O is None else (m_O, bias_O, y_TO)
+                kept += [weight_OI, gsb_OR, xa_TR, g_O, *of_m]
+        ctx.save_for_backward(x_TI, a_SI, *kept)
+        return tuple(y_TOs)
 
     @staticmethod
     def backward(ctx: Any, *dy_TOs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x_TI, a_SI, *saved = ctx.saved_tensors
-        count = len(dy_TOs)
-        weights, sb_ORs, xa_TRs = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        dxa_TS = _joined([dy @ sb_OR for dy, sb_OR in zip(dy_TOs, sb_ORs, strict=True)], 1)
+        kept = [saved[i : i + KEPT] for i in range(0, len(saved), KEPT)]
+        dxa_TS = _joined([dy_TO @ part[1] for dy_TO, part in zip(dy_TOs, kept, strict=True)], 1)
         dx_TI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = dy_TOs[0] @ weights[0]
-            for dy_TO, weight_OI in zip(dy_TOs[1:], weights[1:], strict=True):
-                dx_TI.addmm_(dy_TO, weight_OI)
+            for dy_TO, (weight_OI, _, _, g_O, *_) in zip(dy_TOs, kept, strict=True):
+                gw_OI = _scaled(weight_OI, g_O)
+                dx_TI = dy_TO @ gw_OI if dx_TI is None else dx_TI.addmm_(dy_TO, gw_OI)
+            assert dx_TI is not None
             dx_TI = dx_TI.addmm_(dxa_TS, a_SI).to(ctx.x_dtype)
         da_RIs = torch.split((dxa_TS.T @ x_TI).float(), ctx.ranks)
         grads: list[torch.Tensor | None] = [dx_TI]
-        for dy_TO, xa_TR, scaling, da_RI in zip(dy_TOs, xa_TRs, ctx.scalings, da_RIs, strict=True):
+        for dy_TO, scaling, da_RI, (_, _, xa_TR, g_O, m_O, bias_O, y_TO) in zip(
+            dy_TOs, ctx.scalings, da_RIs, kept, strict=True
+        ):
             # As [R, O] and turned: the product is a quarter faster that way.
-            db_OR = (xa_TR.T @ dy_TO).T.contiguous().float().mul_(scaling)
-            grads += [None, None, None, da_RI, db_OR]
+            db_OR = (xa_TR.T @ dy_TO).T.contiguous().float().mul_(_factor(scaling, g_O))
+            dm_O = None if m_O is None else sum_of_products(dy_TO, y_TO, bias_O) / m_O
+            grads += [None, None, None, da_RI, db_OR, dm_O]
         return tuple(grads)
 
 
@@ -104,10 +126,10 @@ class Siblings:
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Give every plain LoRA layer of a PEFT model the fused path. Returns how many.
+    """Give every LoRA and DoRA layer of a PEFT model the fused path. Returns how many.
 
-    Left alone: layers with dropout or a variant (DoRA and the like), quantised bases, and layers
-    whose own weights learn.
+    Left alone: layers with dropout or another variant, quantised bases, and layers whose own
+    weights learn.
     """
     fused = 0
     for parent in model.modules():
@@ -124,7 +146,7 @@ def _fusible(layer: Any) -> bool:
         and list(layer.lora_A) == [ADAPTER]
         and type(layer.base_layer) is nn.Linear
         and not any(weight.requires_grad for weight in layer.base_layer.parameters())
-        and not layer.lora_variant
+        and all(type(variant) is DoraLinearVariant for variant in layer.lora_variant.values())
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
         and layer.lora_B[ADAPTER].bias is None
     )
@@ -135,10 +157,20 @@ def _outputs(layers: list[Any], x: torch.Tensor) -> list[torch.Tensor]:
     for layer in layers:
         base = layer.base_layer
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        parts += [base.weight, base.bias, layer.scaling[ADAPTER], a, b]
+        m = layer.lora_magnitude_vector[ADAPTER].weight if layer.lora_variant else None
+        parts += [base.weight, base.bias, layer.scaling[ADAPTER], a, b, m]
     y_TOs = LoraProducts.apply(x.flatten(0, -2), *parts)  # type: ignore[no-untyped-call]
     return [y_TO.unflatten(0, x.shape[:-1]) for y_TO in y_TOs]
 
 
 def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _scaled(weight_OI: torch.Tensor, g_O: torch.Tensor | None) -> torch.Tensor:
+    return weight_OI if g_O is None else scaled_rows(weight_OI, g_O)
+
+
+def _factor(scaling: float, g_O: torch.Tensor | None) -> float | torch.Tensor:
+    """What B_OR is multiplied with."""
+    return scaling if g_O is None else (scaling * g_O).unsqueeze(1)

@@ -71,6 +71,13 @@ def introduction(
         f"- weights: {shipped}, {report.dtype}",
         f"- recipe: {spec.recipe_name}",
     ]
+    if (fast := report.speculation) is not None:
+        lines.append(
+            f"- Turbo heads: {fast.heads}, {fast.parameters:,} parameters; greedy answers come "
+            f"{fast.speeds[0].speedup.value:.2f} times as fast as transformers' generate() gives "
+            f"them at batch {fast.speeds[0].batch_size}, and {fast.alike:,} of {fast.rows:,} are "
+            "the same, token for token"
+        )
     if serving["labels"]:
         lines.append(f"- labels: {len(serving['labels'])} ({', '.join(serving['labels'][:8])}…)")
     return "\n".join(lines)

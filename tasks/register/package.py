@@ -10,6 +10,9 @@ manifest.json    hashes of data, base and files; git state; library versions
 README.md        the model card
 pictures.py      of a model of images: how a file becomes pixels
 examples.py      of a prompt with examples: which of them stand before a question
+heads/           Turbo heads, with which answers are written by default
+speculate/       the code that drafts with them and verifies (`tasks/speculate/`)
+turbo.py         which gives that code the heads and the model
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from schemas.manifest import Manifest
 from schemas.report import CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
 from schemas.tasks import is_labelled, reads_images
+from tasks import speculate
 from tasks.core import pictures, quantised
 from tasks.core.adapters import is_adapter
 from tasks.core.bases import base_files, tokenizer_files
@@ -40,6 +44,9 @@ HERE = Path(__file__).parent
 
 #: Held-out rows that stand in a version as an example of its input.
 EXAMPLE_ROWS = 2
+
+#: What a version is made from; heads only where it has some.
+ENTRIES = ("prepared", "finished", "evaluated", "heads")
 
 Paths = dict[str, Path]
 
@@ -102,6 +109,11 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         shutil.copyfile(pictures.__file__, directory / "pictures.py")
     if (finished / EXAMPLES).exists():
         shutil.copyfile(HERE / "served_examples.py", directory / "examples.py")
+    if "heads" in paths:
+        shutil.copytree(paths["heads"] / "heads", directory / "heads", copy_function=link_or_copy)
+        skipped = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(speculate.__file__).parent, directory / "speculate", ignore=skipped)
+        shutil.copyfile(HERE / "served_heads.py", directory / "turbo.py")
     return Package(
         directory=directory,
         key=key_of_version(spec, manifests),
@@ -126,13 +138,13 @@ def link_or_copy(source: str, target: str) -> None:
 
 def key_of_version(spec: RegisterSpec, manifests: dict[str, Manifest]) -> str:
     """The hash of the spec and of the entries that a version is made from."""
-    entries = {name: manifests[name].key for name in ("prepared", "finished", "evaluated")}
+    entries = {name: manifests[name].key for name in ENTRIES if name in manifests}
     return sha256_json({"spec": spec.model_dump(mode="json"), "entries": entries})[:40]
 
 
 def lineage(paths: Paths) -> dict[str, Manifest]:
     """The manifests behind a version, with that of the training run that was merged."""
-    names = ("prepared", "finished", "evaluated")
+    names = [name for name in ENTRIES if name in paths]
     manifests = {name: read_manifest(paths[name]) for name in names}
     trained_key = manifests["finished"].inputs.get("trained")
     if trained_key is not None:

@@ -55,6 +55,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     examples: Any = None
     processor: Any = None
+    writer: Any = None
 
     def load_context(self, context: Any) -> None:
         package = Path(context.artifacts["package"])
@@ -71,6 +72,9 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             self.tokenizer = AutoTokenizer.from_pretrained(reader)
             self.pad_id = pad_id_of(self.model, self.tokenizer)
         self.batch_rows = batch_rows(self.model)
+        if (package / "heads").is_dir():
+            turbo = import_file(package / "turbo.py")
+            self.writer = turbo.writer_with_heads(package, self.model, self.tokenizer)
         if (package / "model" / "examples.safetensors").exists():
             self.examples = import_file(package / "examples.py").Examples(package / "model")
 
@@ -90,15 +94,17 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """One row out for one row in: `completion`, `label` and `score`, or `spans`.
 
         model_input: MLflow makes a frame of a list, too; the first column counts.
-        params: max_new_tokens, for a language model.
+        params: max_new_tokens, for a language model, and turbo: false to leave Turbo heads out.
         """
         rows = list(model_input.iloc[:, 0])
         if self.processor is not None:
             return self.classify(rows)
         rows = [str(row) for row in rows]
         if self.writes:
-            longest = int((params or {}).get("max_new_tokens", self.serving["max_new_tokens"]))
-            return pd.DataFrame({"completion": self.complete(rows, longest)})
+            params = params or {}
+            longest = int(params.get("max_new_tokens", self.serving["max_new_tokens"]))
+            turbo = bool(params.get("turbo", True))
+            return pd.DataFrame({"completion": self.complete(rows, longest, turbo=turbo)})
         if self.serving["task"] == "token-classification":
             return pd.DataFrame({"spans": self.mark(rows)})
         return self.classify(rows)
@@ -142,10 +148,19 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return self.examples.ask(prompt, None if limit is None else limit - max_new_tokens)
 
     @torch.inference_mode()
-    def complete(self, rows: list[str], max_new_tokens: int) -> list[str]:
-        """The greedy answer to each prompt."""
+    def complete(self, rows: list[str], max_new_tokens: int, *, turbo: bool = True) -> list[str]:
+        """The greedy answer to each prompt; with Turbo heads, where there are any."""
         prompts = [self.ask(row, max_new_tokens) for row in rows]
         answers = [""] * len(rows)
+        if turbo and self.writer is not None:
+            for batch in batches(prompts, self.batch_rows):
+                asked = [prompts[row] for row in batch]
+                written, _ = self.writer.write(
+                    asked, max_new_tokens, frozenset(self.serving["stop_ids"])
+                )
+                for row, ids in zip(batch, written, strict=True):
+                    answers[row] = self.text(ids)
+            return answers
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -164,9 +179,13 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings
             )[:, 1 if self.encodes else ids_BT.shape[1] :]
             for row, ids in zip(batch, written_BT.tolist(), strict=True):
-                end = next((at for at, token in enumerate(ids) if self.ends(token)), len(ids))
-                answers[row] = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+                answers[row] = self.text(ids)
         return answers
+
+    def text(self, ids: list[int]) -> str:
+        """What an answer's tokens say, up to the one that ends it."""
+        end = next((at for at, token in enumerate(ids) if self.ends(token)), len(ids))
+        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
 
     def ends(self, token: int) -> bool:
         return token in self.serving["stop_ids"]

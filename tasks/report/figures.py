@@ -82,6 +82,7 @@ _KNOWN = [
     Figure("step_time_s", "computation", "Optimiser step", SECONDS, "lower"),
     Figure("step_time_ratio_to_full", "computation", "Optimiser step", OF_FULL, "lower", 2),
     Figure("train_tokens_per_s", "computation", "Training rate", RATE, "higher"),
+    Figure("turbo_parameters", "storage", "Parameters of Turbo heads", COUNT, "lower"),
     Figure("swap_ms", "overhead", "Change of adapter", MS, "lower"),
     Figure("ten_adapters_mib", "overhead", "Ten adapters in memory", MIB, "lower"),
 ]
@@ -91,10 +92,25 @@ ORDER = {figure.name: place for place, figure in enumerate(_KNOWN)}
 LATENCY = re.compile(r"(prefill|token)_(p50_ms|p95_ms|ratio)_b(\d+)(?:_p(\d+))?(_merged)?")
 
 
+#: Of Turbo heads: figure, title, unit.
+SPEED = re.compile(r"(speedup|speculation|tokens_per_pass|tokens_per_s)_b(\d+)")
+SPEED_TITLES: dict[str, tuple[str, Ladder]] = {
+    "speedup": ("With heads", ((1, "× generate()"),)),
+    "speculation": ("With heads", ((1, "× no drafts"),)),
+    "tokens_per_pass": ("Tokens a pass", PLAIN),
+    "tokens_per_s": ("Writing with heads", RATE),
+}
+
+
 def figure(name: str) -> Figure:
     """What is known of a figure; one that is not known is shown by its own name."""
     if name in KNOWN:
         return KNOWN[name]
+    if match := SPEED.fullmatch(name):
+        title, ladder = SPEED_TITLES[match[1]]
+        decimals = None if ladder is RATE else 2
+        where = f"{title}, batch {match[2]}"
+        return Figure(name, "overhead", where, ladder, "higher", decimals)
     match = LATENCY.fullmatch(name)
     if match is None:
         return Figure(name, "accuracy", name.replace("_", " ").capitalize(), PLAIN, None)

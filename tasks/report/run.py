@@ -23,6 +23,7 @@ from tasks.report.lengths import length_plots
 from tasks.report.plots import numbers, styles
 from tasks.report.predicted import on_larger, predicted
 from tasks.report.trade_offs import other_pairs, trade_offs
+from tasks.report.turbo import turbo_view
 
 HERE = Path(__file__).parent
 PAGE = "report.html"
@@ -49,7 +50,9 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
     looks = styles(spec)
     loss = loss_plot(spec, inputs)
     lengths = length_plots(inputs.data)
+    turbo = turbo_view(inputs)
     drawn = [*pareto, *pairs, *([loss] if loss else []), *lengths]
+    drawn += [turbo.accepted] if turbo else []
     script = (HERE / "page.js").read_text()
     plotly_js = get_plotlyjs()
     return environment.get_template("page.html.j2").render(
@@ -89,6 +92,7 @@ def render(spec: PageSpec, inputs: Inputs) -> str:
         lengths=lengths,
         predicted=predicted(inputs),
         larger=on_larger(inputs),
+        turbo=turbo,
         larger_size=in_words("trainable_parameters", inputs.larger_parameters),
         figures={plot.id: plot.spec for plot in drawn},
     )

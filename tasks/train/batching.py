@@ -1,6 +1,5 @@
-"""Which rows make which optimiser step, and how the rows of a step become tensors.
+"""How the rows of an optimiser step become micro-batches and tensors.
 
-A plan is a pure function of (seed, epoch): the data position of a run is its step number.
 Within a step rows are sorted by length, so that micro-batches hold little padding; the rows of
 a step do not depend on how it is cut into micro-batches.
 
@@ -19,10 +18,8 @@ from numpy.typing import NDArray
 from schemas.errors import UserError
 from schemas.tasks import TASKS, is_packable
 from tasks.core.entities import IGNORED
+from tasks.core.plan import Rows, equal_shares
 from tasks.core.tokens import TokenRows
-
-Rows = NDArray[np.int64]
-
 
 #: Batches are filled up to multiples of these, so that products have few different shapes:
 #: oneDNN compiles, and keeps about 1 MB of code, for every new one.
@@ -39,8 +36,8 @@ class Layout:
     packed: rows end to end (causal models), or one below the other with padding.
     unpadded: the padding is only there for the embeddings (`tasks/train/unpad.py`).
     pad_id: what fills.
-    virtual: tokens of a soft prompt that every layer has in front of each row; 0 where they are
-        keys and values that all rows share.
+    virtual: tokens of a soft prompt that every layer has in front of each row, of pairs each
+        source; 0 where they are keys and values that all rows share.
     start_id: what a decoder beside an encoder begins with.
     """
 
@@ -80,7 +77,7 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a classifier is called with."""
+        """What a classifier is called with, or an encoder."""
         if self.pixel_values_BCHW is not None:
             return {"pixel_values": self.pixel_values_BCHW}
         return {"input_ids": self.input_ids_BL, "attention_mask": self.attention_mask_BL}
@@ -102,30 +99,6 @@ class Batch:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The rows of every step of every epoch.
-
-    lengths: tokens of each row, [rows].
-    batch_tokens: tokens that a step should have; an epoch is cut into equal shares of about
-        that many, so that it has no small last step.
-    """
-
-    lengths: NDArray[np.int64]
-    batch_tokens: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        steps = round(int(self.lengths.sum()) / self.batch_tokens)
-        return min(max(steps, 1), len(self.lengths))
-
-    def epoch(self, epoch: int) -> list[Rows]:
-        """The row numbers of each step of one epoch; every row is in exactly one step."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
-        return _equal_shares(order, self.lengths, self.steps_per_epoch)
-
-
 def micro_batches(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> list[Rows]:
     """The rows of one step in as few parts as the layout's budget allows, each row once.
 
@@ -133,10 +106,10 @@ def micro_batches(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> lis
 
     lengths: [rows], or [rows, 2] of sources and targets, which are padded apart.
     """
-    lengths = lengths + layout.virtual
+    lengths = lengths + (layout.virtual if lengths.ndim == 1 else [layout.virtual, 0])
     whole = lengths.reshape(len(lengths), -1).sum(axis=1)
     ordered = rows[np.argsort(-whole[rows], kind="stable")]
-    cut = _packs if layout.packed else _equal_shares
+    cut = _packs if layout.packed else equal_shares
     count = min(-(-int(whole[ordered].sum()) // layout.budget), len(ordered))
     while True:
         parts = cut(ordered, whole, count)
@@ -173,17 +146,6 @@ def _padded_size(lengths: NDArray[np.int64]) -> int:
 def _unpadded_size(lengths: NDArray[np.int64]) -> int:
     """Padding costs what embeddings do: an eighth at most of what a few layers keep of a token."""
     return max(_packed_size(lengths), _padded_size(lengths) // 8)
-
-
-def _equal_shares(order: Rows, lengths: NDArray[np.int64], count: int) -> list[Rows]:
-    """`order` cut into `count` parts of about as many tokens, none of them empty."""
-    ends = np.cumsum(lengths[order])
-    number = np.arange(1, count)
-    cuts = np.searchsorted(ends, ends[-1] * number / count)
-    # A row longer than a share would leave the next part empty: give each one row.
-    cuts = np.maximum.accumulate(np.maximum(cuts, 1) - number) + number
-    cuts = np.minimum(cuts, len(order) - count + number)
-    return [np.asarray(part, dtype=np.int64) for part in np.split(order, cuts)]
 
 
 def _snake(number: Any, count: int) -> Any:

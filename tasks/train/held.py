@@ -11,8 +11,9 @@ from itertools import chain
 import torch
 from torch import nn
 
+from tasks.core.plan import Rows
 from tasks.core.runtime import tensor_bytes
-from tasks.train.batching import Rows, held_tokens
+from tasks.train.batching import held_tokens
 from tasks.train.loop import Job
 from tasks.train.memory import MIB, saved_bytes
 from tasks.train.pairs import held_lengths

@@ -21,14 +21,15 @@ from torch import nn
 
 from schemas.recipe import Train
 from schemas.report import CurvePoint
+from tasks.core.checkpoint import Checkpoints, RunState
+from tasks.core.plan import Rows
 from tasks.core.progress import bar
+from tasks.core.schedule import learning_rate, total_steps, warmup_steps
 from tasks.core.tokens import TokenRows
 from tasks.methods.course import Course
-from tasks.train.batching import Batch, Layout, Rows, micro_batches
-from tasks.train.checkpoint import Checkpoints, RunState
+from tasks.train.batching import Batch, Layout, micro_batches
 from tasks.train.loss import loss_sum
 from tasks.train.pairs import batch_of, held_lengths
-from tasks.train.schedule import learning_rate, total_steps, warmup_steps
 from tasks.train.watch import check_diverged, check_finite
 
 

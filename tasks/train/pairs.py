@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from schemas.tasks import is_encoder_decoder
+from tasks.core.plan import Rows
 from tasks.core.tokens import TokenRows
 from tasks.train.batching import (
     Batch,
     Layout,
-    Rows,
     collate,
     collate_packed,
     padded_length,
@@ -42,6 +42,11 @@ def held_lengths(rows: TokenRows, task: str) -> NDArray[np.int64]:
         return rows.lengths
     assert rows.answer_start is not None
     return np.stack([rows.answer_start, rows.lengths - rows.answer_start], axis=1)
+
+
+def longest_sides(rows: TokenRows, task: str) -> list[int]:
+    """Tokens of the longest row; of pairs, of the longest source and of the longest target."""
+    return np.atleast_1d(held_lengths(rows, task).max(axis=0)).tolist()  # type: ignore[no-any-return]
 
 
 def collate_pairs(rows: TokenRows, index: Rows, pad_id: int, start_id: int) -> Batch:

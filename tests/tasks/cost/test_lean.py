@@ -112,9 +112,7 @@ assert set(NUMBERS) <= set(vars(real))
 
 
 def test_what_stands_for_torchs_questions_answers_them_alike_for_numbers() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", NUMBERS], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", NUMBERS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

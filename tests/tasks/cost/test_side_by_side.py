@@ -32,7 +32,9 @@ def test_one_work_needs_no_fork(count: int) -> None:
     assert side_by_side([os.getpid] * count) == [os.getpid()] * count
 
 
-def test_what_one_raises_comes_when_the_others_are_through(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_one_raises_comes_when_the_others_are_through(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     def bad() -> int:
         raise KeyError("a bug")
 

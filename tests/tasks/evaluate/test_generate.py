@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from tasks.core.stops import stop_ids
 from tasks.evaluate import generate as module
-from tasks.evaluate.generate import generate, stop_ids
+from tasks.evaluate.generate import generate
 
 NEW_TOKENS = 16
 STORIES = Path(__file__).parents[4] / "shared" / "models" / "stories260K"

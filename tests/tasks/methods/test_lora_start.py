@@ -86,7 +86,7 @@ def test_the_start_is_the_base_to_one_rounding(place, given, dtype):
         # Those roundings through two blocks of width 32, relative to the largest logit.
         bound = 32 * eps * before.abs().max()
         assert (model(input_ids=IDS).logits - before).abs().max() <= bound
-        assert fuse_lora(model) == (0 if given.get("dora") else 14)
+        assert fuse_lora(model) == 14
         assert (model(input_ids=IDS).logits - before).abs().max() <= bound
 
 

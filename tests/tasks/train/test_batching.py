@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import UserError
+from tasks.core.plan import Plan
 from tasks.core.tokens import TokenRows
 from tasks.train.batching import (
     IGNORED,
     TOKEN_ALIGN,
     Layout,
-    Plan,
     answer_tokens,
     collate,
     collate_packed,

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -30,14 +29,24 @@ class Two(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def lora_model(dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["first", "second"])
-    model = get_peft_model(Two(dtype), config)
-    for layer in model.modules():
-        if isinstance(layer, LoraLinear):
-            nn.init.normal_(layer.lora_B["default"].weight)
+def learned(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """With LoRA as if it had learned: B is not 0, and DoRA's lengths are not those of the rows."""
+    model = get_peft_model(model, config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight)
+        if "lora_magnitude_vector" in name:
+            weight.data *= torch.empty_like(weight).uniform_(0.5, 1.5)
     return model
+
+
+def lora_model(dtype: torch.dtype, dropout: float = 0.0, dora: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    targets = ["first", "second"]
+    return learned(
+        Two(dtype),
+        LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, use_dora=dora),
+    )
 
 
 def outputs_and_gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -53,8 +62,9 @@ def outputs_and_gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tenso
     # where we round each of two products, and errors add over the layer's 24 to 40 inputs.
     [(torch.float32, 1e-5), (torch.bfloat16, 0.03)],
 )
-def test_fused_lora_is_pefts(dtype, tolerance):
-    theirs = lora_model(dtype)
+@pytest.mark.parametrize("dora", [False, True])
+def test_fused_lora_is_pefts(dtype, tolerance, dora):
+    theirs = lora_model(dtype, dora=dora)
     ours = copy.deepcopy(theirs)
     assert fuse_lora(ours) == 2
     torch.manual_seed(1)
@@ -79,24 +89,22 @@ class Attentive(nn.Module):
         return self.o(torch.tanh(self.q(x)) * self.k(keys) + self.v(keys))
 
 
-def attentive(dtype: torch.dtype) -> nn.Module:
+def attentive(dtype: torch.dtype, dora: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q", "k", "v", "o"], rank_pattern={"k": 2}
+    targets = ["q", "k", "v", "o"]
+    return learned(
+        Attentive(dtype),
+        LoraConfig(r=4, lora_alpha=8, target_modules=targets, rank_pattern={"k": 2}, use_dora=dora),
     )
-    model = get_peft_model(Attentive(dtype), config)
-    for layer in model.modules():
-        if isinstance(layer, LoraLinear):
-            nn.init.normal_(layer.lora_B["default"].weight)
-    return model
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_layers_that_share_an_input_are_computed_together_and_the_same(
-    monkeypatch, dtype, tolerance
+    monkeypatch, dtype, tolerance, dora
 ):
     """From the pass on that follows one without gradients; the tolerances are those above."""
-    theirs = attentive(dtype)
+    theirs = attentive(dtype, dora)
     ours = copy.deepcopy(theirs)
     assert fuse_lora(ours) == 4
     torch.manual_seed(1)
@@ -106,7 +114,7 @@ def test_layers_that_share_an_input_are_computed_together_and_the_same(
     monkeypatch.setattr(
         fused.LoraProducts,
         "apply",
-        lambda x, *layers: counts.append(len(layers) // 5) or own(x, *layers),
+        lambda x, *layers: counts.append(len(layers) // fused.GIVEN) or own(x, *layers),
     )
     # A pass that may be computed a second time shows nothing.
     for looks, expected in ((False, [1, 1, 1, 1]), (True, [1, 1, 1, 1]), (False, [3, 1])):
@@ -121,9 +129,10 @@ def test_layers_that_share_an_input_are_computed_together_and_the_same(
             assert (a - b).float().norm() <= tolerance * b.float().norm()
 
 
-def test_layers_that_share_an_input_once_may_have_another_the_next_time():
+@pytest.mark.parametrize("dora", [False, True])
+def test_layers_that_share_an_input_once_may_have_another_the_next_time(dora):
     """Cross attention: keys and values from elsewhere, after passes that went together."""
-    theirs = attentive(torch.float32)
+    theirs = attentive(torch.float32, dora)
     ours = copy.deepcopy(theirs)
     fuse_lora(ours)
     torch.manual_seed(1)
@@ -137,9 +146,10 @@ def test_layers_that_share_an_input_once_may_have_another_the_next_time():
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
 
-def test_a_first_pass_under_gradient_checkpointing_is_computed_twice_alike():
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_first_pass_under_gradient_checkpointing_is_computed_twice_alike(dora):
     """Layers that learnt from it who shares an input would save other tensors the second time."""
-    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], use_dora=dora)
     model = get_peft_model(tiny_llama(), config)
     fuse_lora(model)
     model.train()
@@ -150,8 +160,9 @@ def test_a_first_pass_under_gradient_checkpointing_is_computed_twice_alike():
     assert all(w.grad is not None for w in model.parameters() if w.requires_grad)
 
 
-def test_layers_with_dropout_keep_pefts_path():
-    assert fuse_lora(lora_model(torch.float32, dropout=0.1)) == 0
+@pytest.mark.parametrize("dora", [False, True])
+def test_layers_with_dropout_keep_pefts_path(dora):
+    assert fuse_lora(lora_model(torch.float32, dropout=0.1, dora=dora)) == 0
 
 
 def test_no_gradient_is_made_for_an_input_that_needs_none():

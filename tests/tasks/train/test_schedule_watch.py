@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from schemas.errors import StageError, UserError
 from schemas.recipe import Train
 from schemas.report import CurvePoint
+from tasks.core.schedule import learning_rate, total_steps, warmup_steps
 from tasks.train.memory import check_fits
-from tasks.train.schedule import learning_rate, total_steps, warmup_steps
 from tasks.train.watch import check_diverged, check_finite, digests, unmoved
 
 

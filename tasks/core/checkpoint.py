@@ -19,7 +19,7 @@ import random
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from schemas.report import CurvePoint
 from tasks.core.files import canonical_json, fsync_path, sha256_file
 from tasks.core.progress import say, warn
-from tasks.methods.course import Course
 
 TENSORS, STATE, HASHES = "tensors.safetensors", "state.json", "hashes.json"
 KEEP = 2
@@ -42,6 +41,14 @@ class RunState:
     tokens: int = 0
     seconds: float = 0.0
     curve: list[CurvePoint] = field(default_factory=list)
+
+
+class Remembers(Protocol):
+    """What a run keeps beside its weights and optimiser (`tasks.methods.course.Course`)."""
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None: ...
 
 
 class Checkpoints:
@@ -65,7 +72,7 @@ class Checkpoints:
         state: RunState,
         weights: dict[str, torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        course: Course,
+        course: Remembers,
     ) -> None:
         """Write one checkpoint, whole or not at all, and drop all but the last two."""
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +110,7 @@ class Checkpoints:
         self,
         weights: dict[str, torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        course: Course,
+        course: Remembers,
     ) -> RunState | None:
         """Put the newest whole checkpoint back, or None where there is none."""
         if self._newest is None:
@@ -153,7 +160,7 @@ def _put_back(
     record: dict[str, Any],
     weights: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    course: Course,
+    course: Remembers,
 ) -> RunState:
     # clone: what safetensors maps from the file must not be written to by training.
     tensors = {name: value.clone() for name, value in load_file(path / TENSORS).items()}

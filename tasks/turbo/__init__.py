@@ -1,0 +1,1 @@
+"""Turbo: heads that draft tokens ahead, distilled from the finished model (`tasks/speculate/`)."""
