@@ -12,6 +12,7 @@ pictures.py      of a model of images: how a file becomes pixels
 examples.py      of a prompt with examples: which of them stand before a question
 heads/           Turbo heads, with which answers are written by default
 speculate/       the code that drafts with them and verifies (`tasks/speculate/`)
+turbo.py         which gives that code the heads and the model
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def make_package(spec: RegisterSpec, paths: Paths, directory: Path) -> Package:
         shutil.copytree(paths["heads"] / "heads", directory / "heads", copy_function=link_or_copy)
         skipped = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(speculate.__file__).parent, directory / "speculate", ignore=skipped)
+        shutil.copyfile(HERE / "served_heads.py", directory / "turbo.py")
     return Package(
         directory=directory,
         key=key_of_version(spec, manifests),

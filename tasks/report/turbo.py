@@ -103,7 +103,7 @@ def _accepted(found: Speculation) -> Plot:
         id="plot-accepted",
         title="Drafts that were right",
         spoken=f"Share of passes whose drafts were right, from one token ahead: {words}.",
-        note="Of the passes that had a draft so deep. Those deeper than the heads are copies of what "
-        "stood in the text before.",
+        note="Of the passes that had a draft so deep. Those deeper than the heads are copies of "
+        "what stood in the text before.",
         spec={"data": [bars], "layout": axes | {"bargap": 0.4}},
     )

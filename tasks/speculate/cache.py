@@ -84,17 +84,32 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def accept(self, lengths: list[int], paths: list[list[int]]) -> None:
         """Move the tokens of each row's path, given as their places in the last pass, together
-        behind the row's sure ones. Paths begin with 0."""
-        for row, (length, path) in enumerate(zip(lengths, paths, strict=True)):
-            moved = [(at, place) for at, place in enumerate(path) if at != place]
-            if moved:
-                old, new = (
-                    torch.tensor(side, device=self.kv.device) + length
-                    for side in ([place for _, place in moved], [at for at, _ in moved])
-                )
-                own = self.kv[:, :, row]
-                own.index_copy_(3, new, own.index_select(3, old))
+        behind the row's sure ones. Paths begin with 0; an empty one moves nothing."""
+        _, _, _, heads, room, _ = self.kv.shape
+        moved = [
+            (row * heads * room + length + old, row * heads * room + length + new)
+            for row, (length, path) in enumerate(zip(lengths, paths, strict=True))
+            for new, old in enumerate(path)
+            if old != new
+        ]
+        if moved:
+            device = self.kv.device
+            # As one line of slots, [2 L, B H T, E], all rows and layers are one move.
+            slots = self.kv.flatten(0, 1).flatten(1, 3)
+            at_MH2 = torch.tensor(moved, device=device)[:, None] + (
+                torch.arange(heads, device=device)[:, None] * room
+            )
+            old_M, new_M = at_MH2.flatten(0, 1).unbind(-1)
+            slots.index_copy_(1, new_M, slots.index_select(1, old_M))
 
-    def keep(self, rows: list[int]) -> None:
-        """Leave out all rows but these."""
-        self.kv = self.kv[:, :, rows]
+    def keep(self, rows: list[int]) -> list[int]:
+        """Leave out all rows but these, in place. Returns them in their new order: rows from the
+        end fill the gaps, so that no more is moved than was left."""
+        count, kept = len(rows), set(rows)
+        behind = [row for row in rows if row >= count]
+        order = [row if row in kept else behind.pop() for row in range(count)]
+        for place, row in enumerate(order):
+            if place != row:
+                self.kv[:, :, place, :, : self.width] = self.kv[:, :, row, :, : self.width]
+        self.kv = self.kv[:, :, :count]
+        return order

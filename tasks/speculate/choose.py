@@ -78,12 +78,30 @@ class Sampled:
         self, logits_BNV: torch.Tensor, rows: Sequence[int], position_BN: torch.Tensor
     ) -> torch.Tensor:
         logits_MV = self.shape(None, logits_BNV.float().flatten(0, 1))
-        share_MV = logits_MV.double().softmax(-1).cumsum(-1)
+        # Summed in double: a vocabulary's small shares would vanish beside a sum near 1.
+        share_MV = logits_MV.softmax(-1).cumsum(-1, dtype=torch.float64)
+        self.drawn = self.drawn.to(share_MV.device)
         last = self.drawn.shape[1] - 1
-        row_B1 = torch.tensor(rows)[:, None]
+        row_B1 = torch.tensor(rows, device=share_MV.device)[:, None]
         # Behind an answer's end nothing is kept of what is chosen.
-        drawn_BN = self.drawn[row_B1, position_BN.cpu().clamp(max=last)].to(share_MV.device)
+        drawn_BN = self.drawn[row_B1, position_BN.clamp(max=last)]
         # Of the sum, which rounding leaves near 1, so that the last share ends where it should.
         drawn_M1 = drawn_BN.flatten()[:, None] * share_MV[:, -1:]
         chosen_M1 = torch.searchsorted(share_MV, drawn_M1, right=True)
         return chosen_M1.clamp(max=share_MV.shape[1] - 1).view(position_BN.shape)
+
+
+class NotBefore:
+    """Another choice, kept from tokens that would end an answer before it is long enough."""
+
+    def __init__(self, choice: Choice, ends: frozenset[int], shortest: int) -> None:
+        """shortest: tokens that an answer has before one of `ends` may come."""
+        self.choice, self.ends, self.shortest = choice, sorted(ends), shortest
+
+    def __call__(
+        self, logits_BNV: torch.Tensor, rows: Sequence[int], position_BN: torch.Tensor
+    ) -> torch.Tensor:
+        early_BN1 = (position_BN < self.shortest)[..., None]
+        logits_BNV = logits_BNV.clone()
+        logits_BNV[..., self.ends] = logits_BNV[..., self.ends].masked_fill(early_BN1, -torch.inf)
+        return self.choice(logits_BNV, rows, position_BN)

@@ -11,6 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,21 +27,28 @@ from .pace import WIDTHS, Pace
 from .parts import Parts
 from .tree import Tree, draft, root_alone
 
+
+class PromptError(ValueError):
+    """A prompt that no answer can follow."""
+
+
 #: Told of each row's new tokens as they are sure: row, tokens.
 Listener = Callable[[int, list[int]], None]
 
 
 @dataclass
 class Account:
-    """What writing took. seconds: [prompts, answers].
+    """What writing took. prompt_seconds: reading the prompts. seconds: writing the answers.
 
-    lengths: how often a row's pass brought so many tokens, 1 for no draft accepted.
+    tokens: of all answers. lengths: how often a row's pass brought so many tokens, 1 for no draft
+    accepted; what stood behind an answer's end is not counted.
     drafted, accepted: passes of a row that had a draft of a depth (from 1), and those whose
     drafts were right to that depth at least.
     """
 
     prompt_seconds: float = 0.0
     seconds: float = 0.0
+    tokens: int = 0
     passes: int = 0
     nodes: int = 0
     lengths: dict[int, int] = field(default_factory=dict)
@@ -53,8 +61,14 @@ class Account:
         passes = sum(self.lengths.values())
         return sum(length * n for length, n in self.lengths.items()) / max(passes, 1)
 
-    def note(self, right: int, deepest: int) -> None:
-        self.lengths[right + 1] = self.lengths.get(right + 1, 0) + 1
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole call, prompts included."""
+        return self.tokens / max(self.prompt_seconds + self.seconds, 1e-9)
+
+    def note(self, kept: int, right: int, deepest: int) -> None:
+        """A row's pass brought `kept` tokens; of drafts to depth `deepest`, `right` were right."""
+        self.lengths[kept] = self.lengths.get(kept, 0) + 1
         for depth in range(1, deepest + 1):
             self.drafted[depth] = self.drafted.get(depth, 0) + 1
             self.accepted[depth] = self.accepted.get(depth, 0) + (depth <= right)
@@ -86,11 +100,13 @@ class Writer:
         lookup: bool = False,
         pace: Pace | None = None,
     ) -> None:
-        self.parts, self.lookup = parts, lookup
+        """Raises a HeadsError where the heads are of another model."""
+        self.parts, self.lookup, self.heads = parts, lookup, None
         if heads is not None:
             require_same(heads.config, parts)
-        weight = parts.scored
-        self.heads = None if heads is None else heads.to(weight.device, weight.dtype)
+            weight = parts.scored
+            # A copy: the heads themselves stay in the precision that they are trained in.
+            self.heads = copy.deepcopy(heads).to(weight.device, weight.dtype)
         drafts = heads is not None or lookup
         self.pace = pace or Pace(WIDTHS[-1] if drafts else 1)
         self.eager = getattr(parts.config, "_attn_implementation", "sdpa") == "eager"
@@ -108,9 +124,13 @@ class Writer:
 
         An answer ends at a token of `stops`, after `max_new_tokens`, or at the last position that
         the model knows.
+
+        Raises:
+            PromptError: a prompt without tokens, or with more than the model has positions.
         """
         choice, account = choice or Greedy(), Account()
         started = time.perf_counter()
+        self._require_writable(prompts)
         rows = [
             Row(
                 index,
@@ -132,18 +152,38 @@ class Writer:
         for row, token in zip(active, root_B.tolist(), strict=True):
             self._take(row, [token], stops, listener)
         while going := [place for place, row in enumerate(active) if not row.ended]:
-            # Copying the cache costs about a pass, so ended rows leave by halves, not one by one.
-            if len(going) <= len(active) // 2:
-                cache.keep(going)
+            if len(going) < len(active):
+                going = cache.keep(going)
                 active = [active[place] for place in going]
                 x_BD, root_B = x_BD[going], root_B[going]
             x_BD, root_B = self._pass(cache, active, x_BD, root_B, choice, stops, listener, account)
+        account.tokens = sum(map(len, answers))
         account.seconds = time.perf_counter() - started - account.prompt_seconds
         return answers, account
 
-    def _room(self, prompt: int, max_new_tokens: int) -> int:
+    def _require_writable(self, prompts: Sequence[Sequence[int]]) -> None:
         longest = self.parts.longest
-        return max_new_tokens if longest is None else min(max_new_tokens, longest - prompt)
+        for row, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise PromptError(f"prompt {row} has no tokens: give it a start token at least")
+            if longest is not None and len(prompt) > longest:
+                raise PromptError(
+                    f"prompt {row} has {len(prompt)} tokens, and the model knows {longest} "
+                    "positions (max_position_embeddings): shorten it"
+                )
+
+    def _room(self, prompt: int, max_new_tokens: int) -> int:
+        """Tokens of an answer. The last one needs no position: no pass reads it."""
+        longest = self.parts.longest
+        return max_new_tokens if longest is None else min(max_new_tokens, longest - prompt + 1)
+
+    @torch.inference_mode()
+    def read_tree(self, prompts: Sequence[Sequence[int]], tree: Tree) -> torch.Tensor:
+        """x_BND of each node of a tree behind each prompt: one pass, by itself."""
+        rows = [Row(row, len(prompt), 0) for row, prompt in enumerate(prompts)]
+        cache = self._cache(rows)
+        self._read(cache, prompts)
+        return self._verify(cache, [row.length for row in rows], tree, tree.ancestors())
 
     def _cache(self, rows: list[Row]) -> SlotCache:
         capacity = max(row.length + row.room for row in rows) + WIDTHS[-1]
@@ -181,13 +221,15 @@ class Writer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass over root and drafts of each row. Returns the next x_BD and root_B."""
         began = time.perf_counter()
-        tree, drafting = self._drafts(active, x_BD, root_B)
+        tree, drafted = self._drafts(active, x_BD, root_B)
         begun = time.perf_counter()
         seen_BNN = tree.ancestors()
         hidden_BND = self._verify(cache, [row.length for row in active], tree, seen_BNN)
-        written_B1 = torch.tensor([len(row.tokens) for row in active])[:, None]
+        written_B1 = torch.tensor([len(row.tokens) for row in active], device=root_B.device)[
+            :, None
+        ]
         next_BN = self._choose(
-            choice, self.parts.lm_head(hidden_BND), active, written_B1 + tree.depth_BN.cpu()
+            choice, self.parts.lm_head(hidden_BND), active, written_B1 + tree.depth_BN
         )
         right_BN = tree.tokens_BN == next_BN.gather(1, tree.parents_BN)
         right_BN[:, 0] = True
@@ -195,41 +237,38 @@ class Writer:
         leaf_B = (whole_BN * (tree.depth_BN + 1)).argmax(1)
         rows_B = torch.arange(len(active), device=leaf_B.device)
         root_B = next_BN[rows_B, leaf_B]
-        paths = seen_BNN[rows_B, leaf_B].tolist()
-        tokens, roots = tree.tokens_BN.tolist(), root_B.tolist()
-        deepest = tree.depth_BN.max(1).values.tolist()
+        # All that the host has to know, in one transfer: it waits for the device here alone.
+        told_B2N = torch.stack([tree.tokens_BN, seen_BNN[rows_B, leaf_B]], 1).flatten(1)
+        deepest_B = tree.depth_BN.max(1).values
+        told = torch.cat([root_B[:, None], deepest_B[:, None], told_B2N], 1).tolist()
         accepted: list[list[int]] = []
         lengths = [row.length for row in active]
+        width = tree.tokens_BN.shape[1]
         found = 0
-        for place, row in enumerate(active):
-            path = [node for node, on in enumerate(paths[place]) if on]
-            if row.ended:
-                accepted.append([])
-                continue
-            accepted.append(path)
-            account.note(len(path) - 1, deepest[place])
+        for row, (root, deepest, *both) in zip(active, told, strict=True):
+            path = [node for node in range(width) if both[width + node]]
+            kept = self._take(row, [*(both[node] for node in path[1:]), root], stops, listener)
+            account.note(kept, len(path) - 1, deepest)
             found += len(path) - 1
             row.length += len(path)
-            new = [*(tokens[place][node] for node in path[1:]), roots[place]]
-            self._take(row, new, stops, listener)
+            accepted.append([] if row.ended else path)
         cache.accept(lengths, accepted)
-        width = tree.tokens_BN.shape[1]
         account.passes += 1
         account.nodes += width * len(active)
         took = time.perf_counter() - begun
-        self.pace.took(len(active), width, took, begun - began if drafting else None)
-        if width > 1:
-            expected = float(tree.chance_BN[:, 1:].sum())
-            self.pace.accepted(expected / len(active), found / len(active))
+        self.pace.took(len(active), width, took, begun - began if drafted is not None else None)
+        if width > 1 and drafted is not None:
+            self.pace.accepted(len(active), width, sum(drafted[1:width]), found / len(active))
         return hidden_BND[rows_B, leaf_B], root_B
 
     def _drafts(
         self, active: list[Row], x_BD: torch.Tensor, root_B: torch.Tensor
-    ) -> tuple[Tree, bool]:
-        """The tree of the next pass, and whether drafts were made for it, taken or not."""
+    ) -> tuple[Tree, list[float] | None]:
+        """The tree of the next pass, and of drafts that were made for it, taken or not, each one's
+        chance, the mean over rows; None where none were made."""
         pace = self.pace
         if not pace.drafting(len(active)):
-            return root_alone(root_B), False
+            return root_alone(root_B), None
         tree = root_alone(root_B)
         if self.heads is not None:
             parts = self.parts
@@ -245,8 +284,8 @@ class Writer:
         if self.lookup:
             chains = [row.lookup.continuation() if row.lookup else [] for row in active]
             tree = graft(tree, chains, pace.copied)
-        width = pace.width(len(active), tree.chance_BN.mean(0).tolist())
-        return tree.first(width), True
+        chances = tree.chance_BN.mean(0).tolist()
+        return tree.first(pace.width(len(active), chances)), chances
 
     def _verify(
         self, cache: SlotCache, lengths: list[int], tree: Tree, seen_BNN: torch.Tensor
@@ -298,10 +337,8 @@ class Writer:
         return choice(logits_BNV, [row.index for row in rows], position_BN)
 
     @staticmethod
-    def _take(
-        row: Row, tokens: list[int], stops: frozenset[int], listener: Listener | None
-    ) -> None:
-        """Add what is sure to the answer, up to its end."""
+    def _take(row: Row, tokens: list[int], stops: frozenset[int], listener: Listener | None) -> int:
+        """Add what is sure to the answer, up to its end. How many tokens that were."""
         tokens = tokens[: row.room - len(row.tokens)]
         end = next((at for at, token in enumerate(tokens) if token in stops), None)
         row.ended = end is not None
@@ -313,3 +350,4 @@ class Writer:
             row.lookup.extend(tokens)
         if listener and tokens:
             listener(row.index, tokens)
+        return len(tokens)

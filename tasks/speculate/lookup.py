@@ -71,8 +71,11 @@ def graft(tree: Tree, chains: list[list[int]], chance: float) -> Tree:
         depths[row] = [depths[row][node] for node in order]
         chances[row] = [chances[row][node] for node in order]
     device = tree.tokens_BN.device
-    whole = (torch.tensor(part, device=device) for part in (tokens, parents, depths, chances))
-    return Tree(*whole)
+    tokens_BN, parents_BN, depth_BN, chance_BN = (
+        torch.tensor(part, device=device) for part in (tokens, parents, depths, chances)
+    )
+    levels = max(tree.levels, *map(len, chains))
+    return Tree(tokens_BN, parents_BN, depth_BN, chance_BN, levels)
 
 
 def _join(
@@ -85,23 +88,17 @@ def _join(
 ) -> None:
     """Put a chain into one row's lists. A node that the heads drafted too has the better chance
     of both; a copied one never a better one than its parent."""
+    nodes = {(parents[node], tokens[node]): node for node in range(1, len(tokens))}
     at = 0
     for token in chain:
         likely = chances[at] * chance
-        found = next(
-            (
-                node
-                for node in range(1, len(tokens))
-                if parents[node] == at and tokens[node] == token
-            ),
-            None,
-        )
+        found = nodes.get((at, token))
         if found is None:
+            found = len(tokens)
             tokens.append(token)
             parents.append(at)
             depths.append(depths[at] + 1)
             chances.append(likely)
-            found = len(tokens) - 1
         else:
             chances[found] = max(chances[found], likely)
         at = found

@@ -21,8 +21,12 @@ MARGIN = 1.02
 HOLD, LONGEST_HOLD = 8, 512
 #: A pass without drafts is timed again after so many with.
 REFRESH = 256
-#: What a node more adds to a pass, as a share of it, until it is measured.
+#: After so many passes with drafts it is counted what they brought, whatever was expected.
+COUNTED = 16
+#: What a node more adds to a pass, as a share of it, until two widths are measured.
 PRIOR = 0.01
+#: What drafts are believed again, at least, when they are tried again.
+REVIVED = 0.5
 #: Weight of the last pass in running means.
 FORGET = 0.05
 
@@ -39,17 +43,28 @@ class Pace:
         self.honesty = 1.0
         #: Chance of a copied token to be right where the one before it was.
         self.copied = 0.8
+        #: Widths that were taken once: that time had a first call's work in it.
+        self.begun: set[tuple[int, int]] = set()
         self.waiting: dict[int, int] = defaultdict(int)
         self.hold: dict[int, int] = defaultdict(lambda: HOLD)
-        self.since_plain: dict[int, int] = defaultdict(lambda: REFRESH - 1)
+        #: Tokens and seconds of the last passes with drafts, for each size.
+        self.counted: dict[int, deque[tuple[float, float]]] = defaultdict(
+            lambda: deque(maxlen=COUNTED)
+        )
+        self.since_plain: dict[int, int] = defaultdict(int)
 
     def drafting(self, rows: int) -> bool:
         """Whether the next pass of so many rows is worth drafts."""
         size = _size(rows)
         if self.widths[-1] == 1:
             return False
+        if not self.passes[size, 1]:
+            return False
         if self.waiting[size]:
             self.waiting[size] -= 1
+            if not self.waiting[size]:
+                # What was drafted badly of one text may be good of the next.
+                self.honesty = max(self.honesty, REVIVED)
             return False
         self.since_plain[size] += 1
         if self.since_plain[size] > REFRESH:
@@ -63,7 +78,6 @@ class Pace:
         drafting = median(self.drafts[size]) if self.drafts[size] else 0.0
         best, found = self.rate(size, 1, 0.0, 0.0), 1
         plain = best
-        gain = 0.0
         for width in self.widths[1:]:
             if width > len(chances):
                 break
@@ -71,41 +85,79 @@ class Pace:
             rate = self.rate(size, width, gain, drafting)
             if rate > best:
                 best, found = rate, width
-        if best > plain * MARGIN:
-            self.hold[size] = HOLD
+            if not self.passes[size, width]:
+                # Widths are tried one after the other: how a wider one would do is a guess.
+                break
+        if best > plain * MARGIN and self._paid(size, plain):
             return found
+        self.counted[size].clear()
         self.waiting[size] = self.hold[size]
         self.hold[size] = min(2 * self.hold[size], LONGEST_HOLD)
         return 1
+
+    def _paid(self, size: int, plain: float) -> bool:
+        """Whether the passes with drafts that were counted last were worth it."""
+        last = self.counted[size]
+        if len(last) < COUNTED:
+            return True
+        tokens, seconds = (sum(part) for part in zip(*last, strict=True))
+        last.clear()
+        if tokens / seconds < plain:
+            return False
+        self.hold[size] = max(self.hold[size] // 2, HOLD)
+        return True
 
     def rate(self, size: int, width: int, gain: float, drafting: float) -> float:
         """Tokens a second."""
         return (1 + gain) / (self.cost(size, width) + drafting)
 
     def cost(self, size: int, width: int) -> float:
-        """Seconds of a pass: as measured, or the nearest narrower one and a little a node."""
-        own = self.passes.get((size, width))
+        """Seconds of a pass: as measured, or on the line through the two widest narrower ones."""
+        own = self.passes[size, width]
         if own:
             return median(own)
-        known = [at for at in self.widths if self.passes.get((size, at))]
-        if not known:
-            return 1.0 + PRIOR * size * width
-        near = max((at for at in known if at < width), default=min(known))
-        share = (1 + PRIOR * size * width) / (1 + PRIOR * size * near)
-        return median(self.passes[size, near]) * share
+        known = [at for at in self.widths if at < width and self.passes[size, at]]
+        *narrower, near = known
+        last = median(self.passes[size, near])
+        if not narrower:
+            return last * (1 + PRIOR * size * width) / (1 + PRIOR * size * near)
+        before = median(self.passes[size, narrower[-1]])
+        slope = max(last - before, 0.0) / (near - narrower[-1])
+        return last + slope * (width - near)
 
     def took(self, rows: int, width: int, seconds: float, drafting: float | None = None) -> None:
         """A pass, and the drafts before it, took so long."""
-        self.passes[_size(rows), width].append(seconds)
+        at = _size(rows), width
+        if at in self.begun:
+            self.passes[at].append(seconds)
+        self.begun.add(at)
         if drafting is not None:
             self.drafts[_size(rows)].append(drafting)
 
-    def accepted(self, expected: float, found: float) -> None:
-        """Of so many expected drafts of a pass so many were right."""
+    def accepted(self, rows: int, width: int, expected: float, found: float) -> None:
+        """Of so many expected drafts of a pass so many were right, each the mean over rows."""
+        size = _size(rows)
+        drafting = median(self.drafts[size]) if self.drafts[size] else 0.0
+        if times := self.passes[size, width]:
+            self.counted[size].append((1 + found, median(times) + drafting))
         if expected > 0.05:
             ratio = min(found / expected, 2.0)
             self.honesty += FORGET * (ratio - self.honesty)
-            self.honesty = min(max(self.honesty, 0.1), 1.2)
+            self.honesty = min(self.honesty, 1.2)
+
+
+class Fixed(Pace):
+    """Always so many nodes, or as many as there are: for tests and measurements."""
+
+    def __init__(self, nodes: int) -> None:
+        super().__init__(nodes)
+        self.nodes = nodes
+
+    def drafting(self, rows: int) -> bool:
+        return self.nodes > 1
+
+    def width(self, rows: int, chances: list[float]) -> int:
+        return min(self.nodes, len(chances))
 
 
 def _size(rows: int) -> int:

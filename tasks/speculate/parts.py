@@ -76,14 +76,37 @@ def parts_of(model: Any) -> Parts:
     if layers is None or getattr(model, "_is_stateful", False):
         raise NotSpeculableError(f"{type(model).__name__} keeps a state of another kind")
     parts = Parts(model, layers, lm_head)
-    kinds = set(getattr(parts.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(parts.config, "sliding_window", None):
+    config = parts.config
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
+    others = sorted(set(kinds) - {"full_attention", "global"})
+    window = getattr(config, "sliding_window", None)
+    if others or window:
         raise NotSpeculableError(
-            f"{type(model).__name__} attends within a window ({', '.join(sorted(kinds))}); drafts "
-            "are verified by layers that attend to all tokens"
+            f"{type(model).__name__} has layers of another kind ({', '.join(others) or 'window'}, "
+            f"sliding_window {window}); drafts are verified by layers that attend to all tokens"
         )
+    if not parts.scored.is_floating_point():
+        raise NotSpeculableError("the lm_head is quantised, and heads need its rows as numbers")
+    require_causal(parts)
     require_plain_head(parts)
     return parts
+
+
+def require_causal(parts: Parts) -> None:
+    """Raise where a token's x depends on what comes after it."""
+    known = parts.config.vocab_size
+    one_1T, other_1T = (
+        torch.tensor([[1, 2, last]], device=parts.device) % known for last in (3, 4)
+    )
+    x_1TD, other_1TD = (
+        parts.layers(input_ids=ids_1T, use_cache=False)[0][:, :2].float()
+        for ids_1T in (one_1T, other_1T)
+    )
+    if not torch.allclose(x_1TD, other_1TD, rtol=1e-3, atol=1e-3):
+        raise NotSpeculableError(
+            f"{type(parts.model).__name__} is an encoder (each token sees those after it): heads "
+            "are for causal language models"
+        )
 
 
 def require_plain_head(parts: Parts) -> None:

@@ -27,13 +27,14 @@ BEAM = 10
 class Tree:
     """tokens_BN: node 0 is the token that is sure. parents_BN: place of the parent, which comes
     before; of node 0 itself. depth_BN: 0 for node 0. chance_BN: of the path to be right, falling
-    with N.
+    with N. levels: no node is deeper; known without asking the device.
     """
 
     tokens_BN: torch.Tensor
     parents_BN: torch.Tensor
     depth_BN: torch.Tensor
     chance_BN: torch.Tensor
+    levels: int
 
     def first(self, nodes: int) -> Tree:
         """The likeliest nodes of it: as good as a tree that was made with so many."""
@@ -42,6 +43,7 @@ class Tree:
             self.parents_BN[:, :nodes],
             self.depth_BN[:, :nodes],
             self.chance_BN[:, :nodes],
+            min(self.levels, nodes - 1),
         )
 
     def ancestors(self) -> torch.Tensor:
@@ -49,7 +51,7 @@ class Tree:
         rows, nodes = self.tokens_BN.shape
         seen_BNN = torch.zeros((rows, nodes, nodes), dtype=torch.bool, device=self.depth_BN.device)
         at_BN = torch.arange(nodes, device=self.depth_BN.device).expand(rows, nodes)
-        for _ in range(int(self.depth_BN.max()) + 1):
+        for _ in range(self.levels + 1):
             seen_BNN.scatter_(2, at_BN[..., None], True)
             at_BN = self.parents_BN.gather(1, at_BN)
         return seen_BNN
@@ -58,7 +60,8 @@ class Tree:
 def root_alone(root_B: torch.Tensor) -> Tree:
     """No drafts: a pass over the one token that is sure."""
     zero_B1 = torch.zeros_like(root_B)[:, None]
-    return Tree(root_B[:, None], zero_B1, zero_B1, torch.ones_like(zero_B1, dtype=torch.float32))
+    one_B1 = torch.ones_like(zero_B1, dtype=torch.float32)
+    return Tree(root_B[:, None], zero_B1, zero_B1, one_B1, 0)
 
 
 def draft(
@@ -119,7 +122,7 @@ def draft(
         chances.append(chance_BF)
     depths = [torch.full_like(level, at) for at, level in enumerate(tokens)]
     whole = [torch.cat(parts, 1) for parts in (tokens, parents, depths, chances)]
-    return _likeliest(whole, min(nodes, made))
+    return _likeliest(whole, min(nodes, made), count)
 
 
 def _rest(best_KBM: torch.Tensor, total_KB1: torch.Tensor) -> torch.Tensor:
@@ -128,7 +131,7 @@ def _rest(best_KBM: torch.Tensor, total_KB1: torch.Tensor) -> torch.Tensor:
     return total_KB1 + torch.log1p(-share_KB1.exp())
 
 
-def _likeliest(whole: list[torch.Tensor], nodes: int) -> Tree:
+def _likeliest(whole: list[torch.Tensor], nodes: int, levels: int) -> Tree:
     """The likeliest nodes in the order of their chances. Sorted stably, levels in order, a node
     comes behind its parent even where both are as likely."""
     tokens_BA, parents_BA, depth_BA, chance_BA = whole
@@ -143,4 +146,5 @@ def _likeliest(whole: list[torch.Tensor], nodes: int) -> Tree:
         parents_BN,
         depth_BA.gather(1, keep_BN),
         chance_BA.gather(1, keep_BN).exp(),
+        min(levels, nodes - 1),
     )

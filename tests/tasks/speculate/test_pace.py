@@ -1,0 +1,132 @@
+"""How many drafts, by a clock of our own: a pass costs what a formula says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tasks.speculate.pace import HOLD, LONGEST_HOLD, REFRESH, WIDTHS, Fixed, Pace
+
+#: Each node is a little less likely than the one before it, and 64 bring twice what 16 do.
+CHANCES = [0.97**node for node in range(64)]
+FLAT = lambda width: 1.0  # noqa: E731
+STEEP = lambda width: float(width)  # noqa: E731
+#: As a model of 148 M on a processor in bfloat16: flat to 8 nodes, then in proportion.
+KNEE = lambda width: max(1.0, width / 8)  # noqa: E731
+
+
+def run(
+    pace: Pace,
+    cost: Callable[[int], float],
+    passes: int,
+    chances: list[float] = CHANCES,
+    honest: float = 1.0,
+    drafting: float = 0.01,
+    rows: int = 1,
+) -> tuple[list[int], float, float]:
+    """Widths taken, tokens brought, seconds spent."""
+    taken, tokens, seconds = [], 0.0, 0.0
+    for _ in range(passes):
+        drafts = pace.drafting(rows)
+        width = pace.width(rows, chances) if drafts else 1
+        right = honest * sum(chances[1:width]) if drafts else 0.0
+        pace.took(rows, width, cost(width), drafting if drafts else None)
+        if drafts and width > 1:
+            pace.accepted(rows, width, sum(chances[1:width]), right)
+        taken.append(width)
+        tokens += 1 + right
+        seconds += cost(width) + (drafting if drafts else 0.0)
+    return taken, tokens, seconds
+
+
+def test_flat_passes_are_filled() -> None:
+    taken, *_ = run(Pace(), FLAT, 400)
+    assert taken[-1] == 64
+    assert taken[20:].count(64) > 0.98 * 380
+
+
+def test_where_a_pass_costs_by_the_node_none_are_drafted() -> None:
+    taken, tokens, seconds = run(Pace(), STEEP, 2000)
+    assert taken[-1] == 1
+    # Against one token a second without drafts: at most 3 % slower, first tries included.
+    assert tokens / seconds > 0.97
+
+
+def test_the_knee_is_found() -> None:
+    taken, *_ = run(Pace(), KNEE, 400)
+    best = max(WIDTHS, key=lambda width: (1 + sum(CHANCES[1:width])) / KNEE(width))
+    assert best == 8
+    assert taken[100:].count(best) > 0.9 * 300
+
+
+@pytest.mark.parametrize("cost", [FLAT, STEEP, KNEE], ids=["flat", "steep", "knee"])
+@pytest.mark.parametrize("honest", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("drafting", [0.01, 0.3])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_never_slower(
+    cost: Callable[[int], float], honest: float, drafting: float, rows: int
+) -> None:
+    """Heads that are never right, passes that cost by the node, drafts that cost a third of a
+    pass: over 4000 passes, at most 3 % slower than one token a pass of one second."""
+    _, tokens, seconds = run(Pace(), cost, 4000, honest=honest, drafting=drafting, rows=rows)
+    assert tokens / seconds > 0.97
+
+
+def test_the_wait_doubles_and_ends() -> None:
+    """After drafts did not pay they are tried again, each time later, but never given up."""
+    pace, tries = Pace(), []
+    for at in range(6000):
+        if pace.drafting(1):
+            tries.append(at)
+            assert pace.width(1, [1.0, 0.001]) == 1
+        pace.took(1, 1, 1.0)
+    apart = [later - earlier - 1 for earlier, later in zip(tries, tries[1:], strict=False)]
+    assert apart[:3] == [HOLD, 2 * HOLD, 4 * HOLD]
+    assert max(apart) <= LONGEST_HOLD + 1
+    assert apart[-1] >= LONGEST_HOLD
+
+
+def test_it_comes_back_when_drafts_pay_again() -> None:
+    pace = Pace()
+    run(pace, KNEE, 300, chances=[1.0, *[1e-4] * 63])
+    taken, *_ = run(pace, KNEE, 700)
+    assert 8 in taken
+    assert taken[-1] == 8
+
+
+def test_plain_passes_are_timed_again() -> None:
+    pace = Pace()
+    taken, *_ = run(pace, FLAT, 3 * REFRESH)
+    assert taken[0] == 1
+    assert taken[10:].count(1) == pytest.approx(3 * REFRESH / (REFRESH + 1), abs=1)
+
+
+def test_batches_are_known_apart() -> None:
+    """What a pass of 16 rows costs says nothing of a pass of one."""
+    pace = Pace()
+    run(pace, STEEP, 50, rows=16)
+    taken, *_ = run(pace, FLAT, 50, rows=1)
+    assert taken[-1] == 64
+    assert pace.cost(16, 8) != pace.cost(1, 8)
+
+
+def test_nothing_to_draft() -> None:
+    pace = Pace(1)
+    assert not any(pace.drafting(1) for _ in range(50))
+
+
+def test_heads_that_promise_too_much_are_believed_less() -> None:
+    pace = Pace()
+    run(pace, FLAT, 100, honest=0.3)
+    assert pace.honesty == pytest.approx(0.3, abs=0.05)
+    run(pace, FLAT, 200, honest=1.0)
+    assert pace.honesty == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("nodes", WIDTHS)
+def test_fixed(nodes: int) -> None:
+    pace = Fixed(nodes)
+    assert pace.drafting(4) == (nodes > 1)
+    assert pace.width(4, CHANCES) == nodes
+    assert pace.width(4, CHANCES[:3]) == min(3, nodes)
