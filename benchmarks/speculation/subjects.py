@@ -1,8 +1,8 @@
 """Models to decode with: two sizes, each tuned on two tasks by the project's own stages.
 
-A subject is a LoRA merged into the embedded base, or into that base grown to 128 M parameters
-(`grown.py`), with heads and prompts. Entries are kept in a home, by key: what is there already is
-not made again.
+A subject is a merged LoRA with heads and prompts: on the embedded base, or on what the embedded
+base became by it, grown to 128 M parameters (`grown.py`) and tuned further. Entries are kept in a
+home, by key: what is there already is not made again.
 
     json    the quickstart: customer messages to JSON. Narrow: there are few ways to go on
     gsm8k   answers to sums in words, as the base's own 2,048 tokens, some 160 of them an answer.
@@ -60,8 +60,8 @@ TASKS = {
         rows=2602,
         max_length=128,
         answer=64,
-        epochs={"embedded": 8, "grown": 1.5},
-        rate={"embedded": 5e-3, "grown": 1e-3},
+        epochs={"embedded": 8, "grown": 0.5},
+        rate={"embedded": 5e-3, "grown": 2e-4},
     ),
     "gsm8k": Task(
         train=RECIPES / "data" / "gsm8k_train.jsonl",
@@ -70,8 +70,8 @@ TASKS = {
         rows=1000,
         max_length=448,
         answer=64,
-        epochs={"embedded": 4, "grown": 1},
-        rate={"embedded": 5e-3, "grown": 1e-3},
+        epochs={"embedded": 4, "grown": 0.5},
+        rate={"embedded": 5e-3, "grown": 2e-4},
     ),
 }
 
@@ -97,11 +97,11 @@ def subject(size: str, name: str, work: Path, rows: int | None = None) -> Subjec
 
     rows: at most so many train rows, in place of the task's number.
     """
-    task = TASKS[name]
-    base = BASE
+    task, base = TASKS[name], BASE
     if size == "grown":
-        base = work / f"grown-{TIMES}x-{LAYERS}-{NOISE}"
-        save_grown(BASE, base, TIMES, LAYERS, NOISE)
+        small = subject("embedded", name, work, rows)
+        base = work / f"grown-{small.merged.key[:12]}-{TIMES}x-{LAYERS}-{NOISE}"
+        save_grown(small.merged.path / "model", base, TIMES, LAYERS, NOISE)
     home = Home(work / "home")
     home.cache.mkdir(parents=True, exist_ok=True)
     home.logs.mkdir(exist_ok=True)
