@@ -16,6 +16,7 @@ from flows.records import EXIT_CODES, begun_here
 from flows.screen import Screen, console
 from flows.tell import is_users, problems_of
 from schemas.errors import StageError, UserError
+from schemas.export import ExportFormat
 from tasks.core.store import storage_errors
 
 app = typer.Typer(
@@ -207,6 +208,54 @@ def rollback(name: NameArgument, why: WhyOption = "rollback", home: HomeOption =
 
 
 @app.command()
+def generate(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="NAME@champion, or NAME/3.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="As the recipe's rows have it.")],
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Default: the version's own.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="0: the likeliest tokens.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=1e-6, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
+    turbo: Annotated[bool, typer.Option(help="With its Turbo heads, and beside them without.")] = (
+        True
+    ),
+    home: HomeOption = None,
+) -> None:
+    """Stream a registered version's answer, and say how fast it came, with heads and without."""
+    from flows.generate import Asked
+    from flows.generate import generate as answer
+
+    def work(screen: Screen, place: Home) -> int:
+        asked = Asked(version, prompt, max_new_tokens, temperature, top_p, seed, turbo)
+        answer(place, asked, screen)
+        return 0
+
+    guarded(work, home, aside=True)
+
+
+@app.command()
+def export(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="NAME@champion, or NAME/3.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    form: Annotated[ExportFormat, typer.Option("--format", help="docs/export.md has them all.")],
+    home: HomeOption = None,
+) -> None:
+    """Write a registered version as PEFT, transformers, vLLM, LoRAX or TGI read it."""
+    from flows.export import export as write
+
+    def work(screen: Screen, place: Home) -> int:
+        for line in write(place, version, form, out):
+            screen.line(f"  warning: {line}", style="yellow")
+        screen.line(f"{version} is in {out} as {form}; its README.md says how to use it")
+        return 0
+
+    guarded(work, home)
+
+
+@app.command()
 def up(home: HomeOption = None) -> None:
     """Start one Prefect server and the MLflow UI, to stay until `peftflow down`."""
     from flows.servers import up as start
@@ -267,13 +316,15 @@ def schema() -> None:
     print(json.dumps(recipe_json_schema(), indent=1))
 
 
-def guarded(work: Work, home: Path | None, as_json: bool = False) -> None:
+def guarded(work: Work, home: Path | None, as_json: bool = False, aside: bool = False) -> None:
     """Run a command and exit: with its own code, or 1 failed, 2 wrong input, 130 interrupted.
+
+    aside: standard output is the command's own; what is said of it goes to standard error.
 
     as_json: standard output is kept for one JSON object; people read standard error. After a
     failure it is the run's record, or before a run has begun its state and errors alone.
     """
-    screen, place = Screen(console(stderr=as_json)), Home.find(home)
+    screen, place = Screen(console(stderr=as_json or aside)), Home.find(home)
     problem: BaseException | None = None
     try:
         with storage_errors(place.root):

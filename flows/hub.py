@@ -31,6 +31,17 @@ def base_directory(recipe: Recipe, recipe_path: Path) -> Path:
         )
     if not is_hub_id(model, recipe_path.parent):
         return resolve(model, recipe_path)
+    return fetched(model, revision, f"{recipe_path} base.model", "write `model: DIR`")
+
+
+def fetched(model: str, revision: str | None, place: str, instead: str) -> Path:
+    """A base of the hub in its own cache.
+
+    place, instead: for errors, where its id stands and what to write of a directory DIR.
+
+    Raises:
+        UserError: it cannot be had; the message says how to go on without a network.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -46,15 +57,15 @@ def base_directory(recipe: Recipe, recipe_path: Path) -> Path:
         )
     except LocalEntryNotFoundError as error:
         raise UserError.at(
-            f"{recipe_path} base.model",
+            place,
             f"{model}@{revision} is not in the local cache and the hub cannot be reached",
             "fetch it where there is a network (`hf download "
-            f"{model} --revision {revision} --local-dir DIR`) and write `model: DIR`",
+            f"{model} --revision {revision} --local-dir DIR`) and {instead}",
         ) from error
     except (HfHubHTTPError, OSError) as error:
         summary = str(error).strip().splitlines()[0]
         raise UserError.at(
-            f"{recipe_path} base.model",
+            place,
             f"the hub refuses {model}@{revision}: {summary}",
             "check the id and the commit; a gated model needs HF_TOKEN in the environment",
         ) from error

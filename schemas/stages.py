@@ -75,7 +75,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")

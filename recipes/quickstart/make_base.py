@@ -9,20 +9,15 @@ Six million tokens take a quarter of an hour on one idle core.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import platform
 import random
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
 from corpus import ASSISTANT, BOS, END, PAD, USER, documents
+from pretraining import IGNORED, Batch, command, mean_loss, pretrain, save
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -40,8 +35,6 @@ TOKENIZER_DOCUMENTS = 20_000
 CONTEXT = 512
 BATCH_TOKENS = 2048
 STEP_SHARES = {"drills": 0.1, "single documents": 0.65, "packed": 0.25}
-WARMUP_SHARE = 0.05
-FINAL_LEARNING_RATE_SHARE = 0.05
 
 # What `build_in_copying` starts from; lengths are relative to an embedding's own length, 1.
 SHARED_LENGTH = 0.5
@@ -53,10 +46,6 @@ FAST = 5  # frequencies that tell neighbours apart
 RANDOM_SHARE = 0.3  # of the usual random weights, left in queries and keys
 
 SPECIAL_TOKENS = (PAD, BOS, END, USER, ASSISTANT)
-IGNORED = -100  # a label that transformers leaves out of the loss
-
-#: Token ids and labels, both of B rows of T tokens.
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -123,7 +112,7 @@ def drills(rng: torch.Generator) -> Batch:
         ids_T[again : again + length] = ids_T[:length].clone()
         # The first repeated token cannot be foreseen.
         labels_T[again + 1 : again + length] = ids_T[1:length]
-    return ids_BT, labels_BT
+    return {"input_ids": ids_BT, "labels": labels_BT}
 
 
 def encoded(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> Iterator[list[list[int]]]:
@@ -150,7 +139,8 @@ def single_documents(
         for rows in batches:
             ids_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
             # The padding token has the id 0 and lies behind the text, where nothing sees it.
-            yield ids_BT, ids_BT.masked_fill(ids_BT == 0, IGNORED)
+            labels_BT = ids_BT.masked_fill(ids_BT == 0, IGNORED)
+            yield {"input_ids": ids_BT, "labels": labels_BT}
 
 
 def packed(documents_ids: Iterator[list[list[int]]]) -> Iterator[Batch]:
@@ -161,7 +151,7 @@ def packed(documents_ids: Iterator[list[list[int]]]) -> Iterator[Batch]:
         while len(tokens) >= BATCH_TOKENS:
             ids_BT = torch.tensor(tokens[:BATCH_TOKENS]).view(-1, CONTEXT)
             tokens = tokens[BATCH_TOKENS:]
-            yield ids_BT, ids_BT
+            yield {"input_ids": ids_BT, "labels": ids_BT}
 
 
 def training_batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Iterator[Batch]:
@@ -288,66 +278,16 @@ def build_in_copying(model: LlamaForCausalLM) -> None:
         layer.self_attn.o_proj.weight.mul_(0.1)
 
 
-def learning_rate_share(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to FINAL_LEARNING_RATE_SHARE of the peak."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    floor = FINAL_LEARNING_RATE_SHARE
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def batch_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy, nats a token."""
-    ids_BT, labels_BT = batch
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
-
-
-@torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, batches: list[Batch]) -> float:
-    """Mean cross-entropy over batches of equal size, nats a token."""
-    return torch.stack([batch_loss(model, batch) for batch in batches]).mean().item()
-
-
-def pretrain(
-    model: LlamaForCausalLM,
-    batches: Iterator[Batch],
-    heldout: dict[str, list[Batch]],
-    steps: int,
-    learning_rate: float,
-) -> int:
-    """AdamW over `steps` batches; the number of tokens that were read."""
+def optimizer_of(model: LlamaForCausalLM, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW, whose decay is of the matrices alone."""
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     kept = [weight for weight in model.parameters() if weight.ndim == 1]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
         lr=learning_rate,
         betas=(0.9, 0.95),
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_share(step, steps)
-    )
-    started, tokens = time.perf_counter(), 0
-    for step, batch in enumerate(batches, start=1):
-        loss = batch_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        tokens += batch[0].numel()
-        if step % 200 == 0 or step == steps:
-            losses = {name: round(mean_loss(model, part), 3) for name, part in heldout.items()}
-            speed = tokens / (time.perf_counter() - started)
-            print(
-                f"step {step}/{steps}  loss {loss.item():.3f}  held out {losses}  "
-                f"{tokens:,} tokens, {speed:,.0f} a second",
-                flush=True,
-            )
-    return tokens
 
 
 def build(out: Path, steps: int, seed: int, learning_rate: float) -> None:
@@ -363,38 +303,14 @@ def build(out: Path, steps: int, seed: int, learning_rate: float) -> None:
     }
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
 
-    pretrain(model, training_batches(tokenizer, steps, seed), heldout, steps, learning_rate)
+    batches = training_batches(tokenizer, steps, seed)
+    pretrain(model, optimizer_of(model, learning_rate), batches, heldout, steps)
 
     model.to(torch.bfloat16)
     loss = mean_loss(model, heldout["packed"])
     print(f"held out, packed: loss {loss:.4f}, perplexity {math.exp(loss):.3f} (weights in bf16)")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(partial.iterdir()):
-        path.chmod(0o644)
-        path.replace(out / path.name)
-    partial.rmdir()
-    print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()):,} bytes")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1, help="the bytes depend on it")
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
-    print(f"python {platform.python_version()}, {versions}")
-    print(f"cpu {torch.backends.cpu.get_cpu_capability()}, {vars(args)}")
-    build(args.out, args.steps, args.seed, args.learning_rate)
+    save(model, tokenizer, out)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, build, Path(__file__).parent / "base", steps=3000, learning_rate=2e-3)

@@ -10,21 +10,16 @@ threads give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import platform
 import random
-import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
 from corpus import END, PAD, documents
-from make_base import IGNORED, learning_rate_share, orthonormal
+from make_base import orthonormal
+from pretraining import IGNORED, Batch, command, mean_loss, pretrain, save
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -44,8 +39,6 @@ MATCH_SCORE = 25.0  # attention logit of a match
 NOTED_LENGTH = 1.0  # of the token before, relative to an embedding's own length
 COPIED_LENGTH = 4.0  # of the token that the decoder copies
 
-#: input_ids, attention_mask and labels of some rows.
-Batch = dict[str, torch.Tensor]
 #: What is left of a document, and what is to be written.
 Pair = tuple[list[int], list[int]]
 
@@ -193,51 +186,14 @@ def training_batches(tokenizer: PreTrainedTokenizerFast, split: str, seed: int) 
         yield from map(batch_of, batches)
 
 
-def batch_loss(model: T5ForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Mean cross entropy, nats a token."""
-    with torch.autocast("cpu", torch.bfloat16):
-        loss: torch.Tensor = model(**batch, use_cache=False).loss
-    return loss
-
-
-@torch.no_grad()
-def mean_loss(model: T5ForConditionalGeneration, batches: list[Batch]) -> float:
-    return torch.stack([batch_loss(model, batch) for batch in batches]).mean().item()
-
-
-def pretrain(
-    model: T5ForConditionalGeneration,
-    batches: Iterator[Batch],
-    heldout: list[Batch],
-    steps: int,
-    learning_rate: float,
-) -> None:
-    """AdamW over `steps` batches, of rates that are a share of each weight's own size at the
-    start, as T5's own Adafactor has them: T5's weights start from sizes far apart."""
+def optimizer_of(model: T5ForConditionalGeneration, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW of rates that are a share of each weight's own size at the start, as T5's own
+    Adafactor has them: T5's weights start from sizes far apart."""
     groups = [
         {"params": [weight], "lr": learning_rate * float(weight.detach().square().mean().sqrt())}
         for weight in model.parameters()
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_share(step, steps)
-    )
-    started, tokens = time.perf_counter(), 0
-    for step, batch in enumerate(itertools.islice(batches, steps), start=1):
-        loss = batch_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        tokens += batch["input_ids"].numel() + batch["labels"].numel()
-        if step % 100 == 0 or step in (1, steps):
-            speed = tokens / (time.perf_counter() - started)
-            print(
-                f"step {step}/{steps}  loss {loss.item():.3f}  held out "
-                f"{mean_loss(model, heldout):.3f}  {tokens:,} tokens, {speed:,.0f} a second",
-                flush=True,
-            )
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
 def build(out: Path, steps: int, seed: int, learning_rate: float) -> None:
@@ -248,19 +204,13 @@ def build(out: Path, steps: int, seed: int, learning_rate: float) -> None:
     heldout = list(itertools.islice(training_batches(tokenizer, "heldout", seed), 12))
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
     batches = training_batches(tokenizer, "pretrain", seed)
-    pretrain(model, batches, heldout, steps, learning_rate)
+    pretrain(model, optimizer_of(model, learning_rate), batches, {"spans": heldout}, steps)
     model.to(torch.bfloat16)
     print(f"held out: loss {mean_loss(model, heldout):.4f} (weights in bf16)")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(partial.iterdir()):
-        path.chmod(0o644)
-        path.replace(out / path.name)
-    partial.rmdir()
-    print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()):,} bytes")
+    save(model, tokenizer, out)
+    write_retention(
+        out.parent / "t5-retention.jsonl", tokenizer_with_sentinels(HERE / "base"), seed
+    )
 
 
 def write_retention(place: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
@@ -280,23 +230,5 @@ def write_retention(place: Path, tokenizer: PreTrainedTokenizerFast, seed: int) 
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "t5-base")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=3e-2)
-    parser.add_argument("--threads", type=int, default=1, help="the bytes depend on it")
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
-    print(f"python {platform.python_version()}, {versions}")
-    print(f"cpu {torch.backends.cpu.get_cpu_capability()}, {vars(args)}")
-    build(args.out, args.steps, args.seed, args.learning_rate)
-    retention = args.out.parent / "t5-retention.jsonl"
-    write_retention(retention, tokenizer_with_sentinels(HERE / "base"), args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, build, HERE / "t5-base", steps=1500, learning_rate=3e-2)

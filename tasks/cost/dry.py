@@ -23,7 +23,7 @@ from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
 from tasks.cost.blocks import cut, plans, stacks_of
 from tasks.cost.ledger import Ledger
-from tasks.cost.rows import FullRow, Load, load_of, longest_of
+from tasks.cost.rows import FullRow, Load, load_of, longest_of, sides_of
 from tasks.methods import soft
 from tasks.methods.course import Course
 from tasks.methods.method import trained
@@ -102,7 +102,7 @@ def dry_run(
     """
     placement.place(model, train, META)
     longest = longest_of(prepared, full.tokens)
-    soft.check_room(model, longest)
+    soft.check_room(model, *sides_of(prepared, task, full.tokens))
     fast = placement.use_fast_attention(model, CPU, longest, task)
     packed = fast and is_packable(task)
     if train.gradient_checkpointing and not packed:

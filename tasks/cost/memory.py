@@ -13,13 +13,14 @@ from schemas.tasks import is_encoder_decoder, is_labelled
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
 from tasks.cost.dry import Pass
+from tasks.methods import soft
 from tasks.methods.method import trained
 
 MIB = 2**20
-#: What a process on a CPU holds beside its tensors, MiB: code that oneDNN compiles for the shapes
-#: of a run, workspaces of the products, modules that loading imports, and holes in the heap
-#: (`tasks/train/heap.py`). Measured with LoRA (docs/plan.md), without and with checkpointing.
-REST_MIB = {"float32": (210, 230), "bfloat16": (220, 240)}
+#: What a process on a CPU holds beside its tensors, MiB: code and modules that loading brings in,
+#: products that oneDNN keeps, MKL's workspace, and holes in the heap (`tasks/train/heap.py`).
+#: The mean over two bases with LoRA (docs/plan.md), without and with checkpointing.
+REST_MIB = {"float32": (180, 145), "bfloat16": (165, 175)}
 #: AdamW's two moments, and a gradient, in float32.
 MOMENTS, GRADIENT = 8, 4
 
@@ -84,6 +85,7 @@ def inference(
         # Of the prompts a decoder keeps keys and values too, for its attention to the encoder,
         # and all of what that has made of them.
         layers = getattr(config, "num_decoder_layers", None) or config.decoder_layers
-        held += rows * max(evaluate.prompt_lengths) * config.hidden_size * item
+        read = max(evaluate.prompt_lengths) + (0 if soft.is_cache(model) else before)
+        held += rows * read * config.hidden_size * item
     cache = 2 * layers * keys * width * tokens * item
     return float(held + cache + rows * config.vocab_size * 4) / MIB

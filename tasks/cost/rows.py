@@ -15,7 +15,7 @@ from tasks.core.plan import Plan, Rows
 from tasks.core.schedule import total_steps
 from tasks.core.tokens import TokenRows
 from tasks.train.batching import Layout, micro_batches
-from tasks.train.pairs import held_lengths
+from tasks.train.pairs import held_lengths, longest_sides
 
 TOKENS = Path("tokens") / "train.safetensors"
 #: Steps whose micro-batches are looked at for the largest.
@@ -70,6 +70,13 @@ def kept_by(lengths: NDArray[np.int64]) -> int:
 def longest_of(prepared: Path | None, max_length: int) -> int:
     """Tokens of the longest row."""
     return max_length if prepared is None else int(_read(prepared).lengths.max())
+
+
+def sides_of(prepared: Path | None, task: str, max_length: int) -> list[int]:
+    """Tokens of the longest row, or of the longest source and of the longest target."""
+    if prepared is None:
+        return [max_length] * (1 + is_encoder_decoder(task))
+    return longest_sides(_read(prepared), task)
 
 
 def mean_of(prepared: Path | None, max_length: int) -> float:

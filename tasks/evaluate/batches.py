@@ -135,8 +135,14 @@ def pad_id_of(model: torch.nn.Module) -> int:
     return int(config.pad_token_id)
 
 
-def context_limit(model: torch.nn.Module) -> int | None:
-    """Positions that the model has for rows, or None where it names no limit."""
+def context_limit(model: torch.nn.Module, reading: bool = False) -> int | None:
+    """Positions that the model has for rows, or None where it names no limit.
+
+    reading: of an encoder-decoder, those of the encoder, and not those of what is written.
+    """
     config: Any = base_of(model).config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else int(limit) - soft.virtual_tokens(model)
+    if limit is None:
+        return None
+    elsewhere = is_pair_model(model) and soft.is_cache(model) == reading
+    return int(limit) - (0 if elsewhere else soft.virtual_tokens(model))

@@ -39,7 +39,8 @@ def inputs(rows: TokenRows, task: str, batch_size: int, prompt_tokens: int) -> I
 def prompt_length(model: torch.nn.Module, wanted: int, new_tokens: int) -> int:
     """`wanted`, or as much of it as leaves room for `new_tokens` in the model's context. What a
     decoder writes takes none of its encoder's."""
-    limit = context_limit(model)
+    apart = is_pair_model(model)
+    limit = context_limit(model, reading=apart)
     if limit is None:
         return wanted
-    return max(1, min(wanted, limit if is_pair_model(model) else limit - new_tokens))
+    return max(1, min(wanted, limit if apart else limit - new_tokens))

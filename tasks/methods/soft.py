@@ -9,7 +9,8 @@ ignores positions, so that rows padded on the left come out wrong under it, and 
 classification head reads padding where rows are padded on the right.)
 
 Encoders see in both directions, so their virtual tokens do depend on the real ones: there PEFT's
-own forward is used, with rows padded on the right, where it is exact.
+own forward is used, with rows padded on the right, where it is exact. Of an encoder-decoder
+`tasks/methods/soft_pairs.py` says where they stand.
 
 Shapes: B rows, T positions, V virtual tokens, K heads of keys and values, D head width.
 """
@@ -28,8 +29,10 @@ from transformers import DynamicCache, PreTrainedModel
 from schemas.candidates import SoftPrompt
 from schemas.errors import StageError, UserError
 from schemas.tasks import is_labelled
+from tasks.methods import soft_pairs
 from tasks.methods.course import Course
 from tasks.methods.method import place, task_settings
+from tasks.methods.soft_pairs import decoder_shape, is_pair_model
 
 #: Keys and values of the virtual tokens, [1, K, V, D] each, layer by layer.
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -48,12 +51,18 @@ def config(
     Raises:
         UserError: a base whose layers do not see all virtual tokens.
     """
-    check_base(model, place(candidate), task, options.pop("needs_cache", False))
+    needs_cache = options.pop("needs_cache", False)
+    check_base(model, place(candidate), task, needs_cache)
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    if is_pair_model(model):
+        layers, heads, _ = decoder_shape(model)
+        # PEFT's word for: before the source alone, or before both (of which a prefix has one).
+        options["num_transformer_submodules"] = 2 if needs_cache else 1
     made: PromptLearningConfig = kind(
         **task_settings(model, task),
         num_virtual_tokens=candidate.virtual_tokens,
-        num_layers=model.config.num_hidden_layers,
-        num_attention_heads=model.config.num_attention_heads,
+        num_layers=layers,
+        num_attention_heads=heads,
         **options,
     )
     return made
@@ -71,12 +80,19 @@ def check_base(model: PreTrainedModel, place: str, task: str, needs_cache: bool)
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+    near = not needs_cache and config.model_type in soft_pairs.NEAR_SIGHTED
+    if near or kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         raise UserError.at(
             f"{place}.method",
             f"{config.model_type} has layers that look back over a window or keep no keys and "
             "values, so that virtual tokens get out of sight",
             "use method: lora or bottleneck, or a base whose layers see the whole row",
+        )
+    if not needs_cache and config.model_type in soft_pairs.SCALED_OUTSIDE:
+        raise UserError.at(
+            f"{place}.method",
+            f"{config.model_type} does not read embeddings as it reads the tokens that have them",
+            "use method: prefix_tuning, lora or bottleneck",
         )
     readers = (model, model.base_model) if is_labelled(task) else (model,)
     if (needs_cache or not is_labelled(task)) and not any(map(_takes_cache, readers)):
@@ -89,8 +105,11 @@ def check_base(model: PreTrainedModel, place: str, task: str, needs_cache: bool)
         )
 
 
-def check_room(model: nn.Module, longest: int) -> None:
-    """Raise a UserError where the longest row, behind its virtual tokens, has no position left."""
+def check_room(model: nn.Module, *sides: int) -> None:
+    """Raise a UserError where the longest row, behind its virtual tokens, has no position left.
+
+    sides: tokens of the longest row; of pairs, of the longest source and of the longest target.
+    """
     virtual = virtual_tokens(model)
     if not virtual:
         return
@@ -99,6 +118,7 @@ def check_room(model: nn.Module, longest: int) -> None:
     if positions is None:
         return
     positions -= FIRST_POSITIONS.get(config.model_type, 0)
+    longest = sides[-1] if is_cache(model) else sides[0]
     if longest + virtual > positions:
         raise UserError.at(
             "data.max_length",
@@ -128,12 +148,13 @@ def virtual_tokens(model: nn.Module) -> int:
 
 def is_cache(model: nn.Module) -> bool:
     """Whether a soft prompt is keys and values alone: everywhere but for prompt embeddings of an
-    encoder, which are tokens of each row in every layer."""
+    encoder, beside a decoder or not, which are tokens of each row in every layer."""
     peft: Any = model
-    return virtual_tokens(model) > 0 and (
-        peft.active_peft_config.peft_type == PeftType.PREFIX_TUNING
-        or _takes_cache(peft.get_base_model())
-    )
+    if not virtual_tokens(model):
+        return False
+    base = peft.get_base_model()
+    prefix = peft.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+    return prefix or (_takes_cache(base) and not is_pair_model(base))
 
 
 def run(model: nn.Module, **arguments: Any) -> Any:
@@ -151,8 +172,10 @@ def run(model: nn.Module, **arguments: Any) -> Any:
 
 def behind(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the base is to be called with, so that rows stand behind the virtual tokens."""
-    virtual, ids_BT = virtual_tokens(model), arguments["input_ids"]
-    arguments = dict(arguments)
+    virtual = virtual_tokens(model)
+    if is_pair_model(model):
+        return soft_pairs.behind(model, virtual, is_cache(model), arguments)
+    arguments, ids_BT = dict(arguments), arguments["input_ids"]
     if arguments.get("attention_mask") is None:
         assert arguments.get("past_key_values") is None, "a mask says what of a cache is padding"
         arguments["attention_mask"] = torch.ones_like(ids_BT)
@@ -209,13 +232,16 @@ def moved_logits(model: nn.Module) -> float:
     learned = list(peft.prompt_encoder.parameters())
     frozen = next(peft.get_base_model().parameters())
     ids_1T = torch.arange(1, 5, device=frozen.device)[None]
+    inputs = {"input_ids": ids_1T}
+    if is_pair_model(model):
+        inputs["decoder_input_ids"] = ids_1T
     training = model.training
     model.eval()
     with torch.autocast(ids_1T.device.type, frozen.dtype, enabled=frozen.dtype is torch.bfloat16):
-        before = run(model, input_ids=ids_1T).logits
+        before = run(model, **inputs).logits
         for weight in learned:
             weight.neg_()
-        after = run(model, input_ids=ids_1T).logits
+        after = run(model, **inputs).logits
         for weight in learned:
             weight.neg_()
     model.train(training)

@@ -62,12 +62,7 @@ def promote(
     """
     client = registry.connect(registry.tracking_uri(home))
     record = registry.get_version(client, name, version)
-    if not record.verified:
-        raise UserError.at(
-            f"{name} {version}",
-            "was never shown to load as it was trained (peftflow.verified is not true)",
-            "run its recipe again, which verifies it",
-        )
+    registry.require_verified(record)
     verdict = judge(gate, registry.read_report(record).figures())
     ledger = Ledger(home, name)
     with ledger.locked():

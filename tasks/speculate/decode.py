@@ -21,7 +21,7 @@ import torch
 from .cache import SlotCache
 from .choose import Choice, Greedy
 from .heads import TurboHeads
-from .identity import require_same
+from .identity import Guard
 from .lookup import Lookup, graft
 from .pace import WIDTHS, Pace
 from .parts import Parts
@@ -102,8 +102,8 @@ class Writer:
     ) -> None:
         """Raises a HeadsError where the heads are of another model."""
         self.parts, self.lookup, self.heads = parts, lookup, None
+        self.guard = None if heads is None else Guard(heads.config, parts)
         if heads is not None:
-            require_same(heads.config, parts)
             weight = parts.scored
             # A copy: the heads themselves stay in the precision that they are trained in.
             self.heads = copy.deepcopy(heads).to(weight.device, weight.dtype)
@@ -127,7 +127,10 @@ class Writer:
 
         Raises:
             PromptError: a prompt without tokens, or with more than the model has positions.
+            HeadsError: the model is another one by now than the heads are for.
         """
+        if self.guard is not None:
+            self.guard.require()
         choice, account = choice or Greedy(), Account()
         started = time.perf_counter()
         self._require_writable(prompts)

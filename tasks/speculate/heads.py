@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -139,7 +140,7 @@ class TurboHeads(nn.Module):
         try:
             tensors = load_file(directory / WEIGHTS)
             heads.load_state_dict(tensors, assign=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise HeadsError(f"{directory / WEIGHTS} cannot be read: {error}") from error
         return heads.requires_grad_(False).eval()
 

@@ -79,7 +79,8 @@ def parts_of(model: Any) -> Parts:
     config = parts.config
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
     others = sorted(set(kinds) - {"full_attention", "global"})
-    window = getattr(config, "sliding_window", None)
+    # Where each layer's kind is named, only those of a kind of their own have a window.
+    window = None if kinds else getattr(config, "sliding_window", None)
     if others or window:
         raise NotSpeculableError(
             f"{type(model).__name__} has layers of another kind ({', '.join(others) or 'window'}, "

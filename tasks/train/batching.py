@@ -36,8 +36,8 @@ class Layout:
     packed: rows end to end (causal models), or one below the other with padding.
     unpadded: the padding is only there for the embeddings (`tasks/train/unpad.py`).
     pad_id: what fills.
-    virtual: tokens of a soft prompt that every layer has in front of each row; 0 where they are
-        keys and values that all rows share.
+    virtual: tokens of a soft prompt that every layer has in front of each row, of pairs each
+        source; 0 where they are keys and values that all rows share.
     start_id: what a decoder beside an encoder begins with.
     """
 
@@ -77,7 +77,7 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a classifier is called with."""
+        """What a classifier is called with, or an encoder."""
         if self.pixel_values_BCHW is not None:
             return {"pixel_values": self.pixel_values_BCHW}
         return {"input_ids": self.input_ids_BL, "attention_mask": self.attention_mask_BL}
@@ -106,7 +106,7 @@ def micro_batches(rows: Rows, lengths: NDArray[np.int64], layout: Layout) -> lis
 
     lengths: [rows], or [rows, 2] of sources and targets, which are padded apart.
     """
-    lengths = lengths + layout.virtual
+    lengths = lengths + (layout.virtual if lengths.ndim == 1 else [layout.virtual, 0])
     whole = lengths.reshape(len(lengths), -1).sum(axis=1)
     ordered = rows[np.argsort(-whole[rows], kind="stable")]
     cut = _packs if layout.packed else equal_shares

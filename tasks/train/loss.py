@@ -126,7 +126,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     Rows stand behind the virtual tokens of a soft prompt, which are none of these positions.
     """
     if batch.decoder_input_ids_BD is not None:
-        return decoder_states(unwrapped(model), batch)
+        return decoder_states(model, batch)
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids_BL,
         "attention_mask": batch.attention_mask_BL,
@@ -144,18 +144,21 @@ def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     return backbone(model)(**arguments).last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
 
 
-def decoder_states(model: Any, batch: Batch) -> torch.Tensor:
+def decoder_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     """What the head of an encoder-decoder reads, [B * D, H]."""
-    mask_BL = batch.attention_mask_BL
-    source_BLH = model.get_encoder()(
-        input_ids=batch.input_ids_BL, attention_mask=mask_BL
-    ).last_hidden_state
-    states_BDH: torch.Tensor = model.get_decoder()(
-        input_ids=batch.decoder_input_ids_BD,
+    inner = unwrapped(model)
+    arguments = {**batch.inputs, "decoder_input_ids": batch.decoder_input_ids_BD}
+    if soft.virtual_tokens(model):
+        arguments = soft.behind(model, arguments)
+    ids_BD, prefix = arguments.pop("decoder_input_ids"), arguments.pop("past_key_values", None)
+    source_BLH = inner.get_encoder()(**arguments).last_hidden_state
+    states_BDH: torch.Tensor = inner.get_decoder()(
+        input_ids=ids_BD,
         encoder_hidden_states=source_BLH,
-        encoder_attention_mask=mask_BL,
+        encoder_attention_mask=arguments["attention_mask"],
+        past_key_values=prefix,
         use_cache=False,
-    ).last_hidden_state * head_scale(model.config)
+    ).last_hidden_state * head_scale(inner.config)
     return states_BDH.flatten(0, 1)
 
 

@@ -42,7 +42,9 @@ def saved_bytes(model: nn.Module, batch: Batch, dtype: torch.dtype) -> int:
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
-        return tensor
+        # Not the tensor itself: one that its own operation saves would hold the graph, and the
+        # graph it, beyond the reach of Python's collector.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         # The loss holds the graph, and with it every tensor, until it has been counted.

@@ -44,6 +44,11 @@ def held_lengths(rows: TokenRows, task: str) -> NDArray[np.int64]:
     return np.stack([rows.answer_start, rows.lengths - rows.answer_start], axis=1)
 
 
+def longest_sides(rows: TokenRows, task: str) -> list[int]:
+    """Tokens of the longest row; of pairs, of the longest source and of the longest target."""
+    return np.atleast_1d(held_lengths(rows, task).max(axis=0)).tolist()  # type: ignore[no-any-return]
+
+
 def collate_pairs(rows: TokenRows, index: Rows, pad_id: int, start_id: int) -> Batch:
     """Right-padded sources and, behind `start_id`, targets without their last token.
 

@@ -34,6 +34,7 @@ from tasks.train.loop import Job, make_optimizer, train
 from tasks.train.loss import backbone, unwrapped
 from tasks.train.memory import available_mib, check_fits, needed_mib
 from tasks.train.output import save_model
+from tasks.train.pairs import longest_sides
 from tasks.train.probe import check_loss, check_packed_apart, own_loss, probe_rows
 from tasks.train.prompt import make_prompt
 from tasks.train.unpad import unpad
@@ -57,10 +58,10 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         return make_prompt(spec, rows, paths, out_dir)
     checkpoints = Checkpoints(out_dir / SCRATCH, identity(spec, paths["prepared"]))
     placement.seed(spec.train.seed)
-    heap.arrange()
     torch.set_num_threads(checkpoints.threads)
     runtime.peak_reset()
     floor = 0.0 if runtime.device().type == "cuda" else runtime.resident_mib()
+    heap.arrange()
 
     base_dtype: runtime.Dtype = "float32" if method.trained_base else spec.dtype
     model: Any = load_base(
@@ -178,7 +179,7 @@ def prepare_job(
         expected = own_loss(model.to(device), few, spec.task, device)
     placement.place(model, spec.train, device)
     longest = int(rows.lengths.max())
-    soft.check_room(model, longest)
+    soft.check_room(model, *longest_sides(rows, spec.task))
     fast = placement.use_fast_attention(model, device, longest, spec.task)
     packed = fast and is_packable(spec.task)
     if spec.train.gradient_checkpointing and not packed:

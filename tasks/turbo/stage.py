@@ -27,7 +27,7 @@ from tasks.speculate.parts import NotSpeculableError, Parts, parts_of
 from tasks.turbo import continuations
 from tasks.turbo.distil import agreement, distil
 from tasks.turbo.sizes import sized
-from tasks.turbo.states import States
+from tasks.turbo.states import States, begun_with
 
 TOKENS = "tokens/train.safetensors"
 #: Share of the texts that are not learned, to say how often the heads are right.
@@ -42,7 +42,12 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         StageError: the heads learned nothing.
     """
     rows = TokenRows.load(paths["prepared"] / TOKENS)
-    checkpoints = Checkpoints(out_dir / SCRATCH, identity(spec, paths))
+    whose = identity(spec, paths)
+    directory = out_dir / SCRATCH / f"states-{whose[:12]}"
+    if (begun := begun_with(directory)) is not None and begun != torch.get_num_threads():
+        warn(f"the model's texts were begun with {begun} threads, with which it goes on")
+        torch.set_num_threads(begun)
+    checkpoints = Checkpoints(out_dir / SCRATCH, whose)
     runtime.seed_everything(spec.turbo.seed)
     torch.set_num_threads(checkpoints.threads)
     model: Any = load_trained(
@@ -55,7 +60,6 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     prompts = continuations.choose_prompts(rows, spec.turbo, longest)
     prompts = bounded(prompts, spec, parts)
 
-    directory = out_dir / SCRATCH / "states"
     stops = stop_ids(model, tokenizer, rows)
     shards = continuations.write(prompts, parts, stops, spec.max_new_tokens, spec.turbo, directory)
     states = States(directory, shards)
@@ -76,9 +80,12 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         f"{len(written):,} texts, {int(states.lengths.sum()):,} tokens that the model wrote"
     )
     state = distil(heads, parts, states, written[:-held], spec.turbo, checkpoints)
-    ahead = agreement(heads, parts, states.texts(written[-held:]))
+    ahead = agreement(heads, parts, states, written[-held:])
     if max(ahead.alone + ahead.followed) == 0:
-        raise StageError("the heads are never right on texts that they have not learned")
+        raise StageError(
+            "the heads are never right on texts that they have not learned; give more `prompts` "
+            "or `epochs`, or take finish.turbo out where answers are a token or two"
+        )
     target = out_dir / "heads"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()

@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[2]
 
 #: The rooms that must import on a GPU machine with torch, transformers, peft, accelerate,
 #: safetensors, numpy and pydantic alone.
-COMPUTE = ("core", "methods", "speculate", "inspect", "cost", "train", "evaluate", "merge")
+COMPUTE = (
+    "core",
+    "methods",
+    "speculate",
+    "inspect",
+    "cost",
+    "train",
+    "evaluate",
+    "merge",
+    "export",
+)
 COMPUTE_BLOCKED = ["polars", "pandera", "datasets", "plotly", "jinja2", "pyarrow", "pandas"]
 SERVERS = ["prefect", "mlflow", "typer", "rich"]
 

@@ -202,6 +202,8 @@ PASSES = [
     ("lora", "token-classification", False),
     *((name, "seq2seq", again) for name in ("full", "lora") for again in (False, True)),
     *((name, "seq2seq", False) for name in ("adalora", "ia3", "bottleneck", "last_layers")),
+    *((name, "seq2seq", False) for name in ("p_tuning", "prefix_tuning", "with a prefix")),
+    *(("prompt_tuning", "seq2seq", again) for again in (False, True)),
     ("full", "image-classification", False),
     ("lora", "image-classification", True),
     ("bottleneck", "image-classification", False),

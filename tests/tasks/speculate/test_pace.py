@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_the_wait_doubles_and_ends() -> None:
             tries.append(at)
             assert pace.width(1, [1.0, 0.001]) == 1
         pace.took(1, 1, 1.0)
-    apart = [later - earlier - 1 for earlier, later in zip(tries, tries[1:], strict=False)]
+    apart = [later - earlier - 1 for earlier, later in pairwise(tries)]
     assert apart[:3] == [HOLD, 2 * HOLD, 4 * HOLD]
     assert max(apart) <= LONGEST_HOLD + 1
     assert apart[-1] >= LONGEST_HOLD

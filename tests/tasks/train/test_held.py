@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from schemas.cost import CostReport
@@ -126,6 +127,27 @@ def test_activations_are_those_of_the_largest_micro_batch_of_the_run(paths):
     found = parts_mib(model, weights, make_optimizer(weights, job.train), job, 0.0)
     assert 0.95 * max(kept) <= found["train_activations_mib"] * MIB <= max(kept)
     assert max(kept) > 1.1 * min(kept)
+
+
+def test_counting_frees_what_the_pass_kept(paths):
+    """A tensor that its own operation saves (an exponential's) must not hold its graph."""
+    model, job = make_job(paths, LORA)
+    made: list[StorageWeakRef] = []
+
+    def exponential(module, inputs, output):
+        changed = output.exp().log()
+        made.append(StorageWeakRef(output.untyped_storage()))
+        made.append(StorageWeakRef(changed.grad_fn._saved_self.untyped_storage()))
+        return changed
+
+    hooks = [
+        module.register_forward_hook(exponential)
+        for name, module in model.named_modules()
+        if name.endswith("down_proj")
+    ]
+    saved_bytes(model, job.batch(np.arange(3)), job.dtype)
+    assert len(made) == 2 * len(hooks) > 0
+    assert all(storage.expired() for storage in made)
 
 
 def test_counting_leaves_the_trained_bytes_as_they_are(paths, tmp_path, monkeypatch):

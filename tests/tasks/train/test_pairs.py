@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, BartConfig, MT5Config, T5Config, UMT5Config
 
+from schemas.candidates import PrefixTuning, PromptTuning, PTuning
 from schemas.errors import UserError
 from schemas.recipe import Train
 from tasks.core.models import decoder_start
 from tasks.core.tokens import TokenRows
+from tasks.methods.method import trained
+from tasks.methods.table import METHODS
 from tasks.train import placement
 from tasks.train.batching import Layout, answer_tokens, micro_batches
 from tasks.train.loss import loss_sum
@@ -41,6 +45,11 @@ BART = {
     "decoder_ffn_dim": 32,
     "max_position_embeddings": 64,
 }
+SOFT = [
+    PromptTuning(method="prompt_tuning", virtual_tokens=5),
+    PTuning(method="p_tuning", virtual_tokens=5),
+    PrefixTuning(method="prefix_tuning", virtual_tokens=5),
+]
 CONFIGS = {
     "t5": T5Config(**T5),
     "t5 v1.1": T5Config(**T5, tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
@@ -125,6 +134,44 @@ def test_fused_lora_in_both_stacks_learns_what_pefts_own_would(kind):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-3)
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("candidate", SOFT, ids=lambda candidate: candidate.method)
+def test_a_soft_prompt_learns_what_pefts_own_forward_would(kind, candidate):
+    """Of padded pairs, against PEFT's loss of each by itself: values and gradients."""
+    rows = pairs()
+    model: Any = METHODS[candidate.method].build(new_model(kind), candidate, "seq2seq")
+    learned = list(trained(model).values())
+    theirs = torch.zeros(())
+    placement.place(model, Train(), CPU)
+    for index in range(len(rows)):
+        ids = torch.from_numpy(rows.row(index).astype(np.int64))[None]
+        cut = int(rows.answer_start[index])
+        labels = ids[:, cut:]
+        theirs = theirs + model(input_ids=ids[:, :cut], labels=labels).loss * labels.numel()
+    wanted = torch.autograd.grad(theirs, learned)
+    batch = batch_of(rows, np.arange(len(rows)), "seq2seq", layout_of(model.get_base_model()))
+    ours = loss_sum(model, batch, torch.float32)
+    # Sums of float32 in another order, over some 100 tokens.
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
+    for one, other in zip(torch.autograd.grad(ours, learned), wanted, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-3)
+
+
+def test_a_prompts_tokens_count_before_sources_alone():
+    """Towards what a micro-batch holds: its rows times the longest prompted source and target."""
+    rows = pairs(40)
+    lengths = held_lengths(rows, "seq2seq")
+    layout = Layout(300, packed=False, virtual=20)
+    parts = micro_batches(np.arange(40), lengths, layout)
+    plain = micro_batches(np.arange(40), lengths, Layout(300, packed=False))
+    assert sorted(np.concatenate(parts)) == list(range(40))
+    for part in parts:
+        source, target = lengths[part].max(axis=0)
+        assert len(part) == 1 or len(part) * (source + 20 + target) <= 300
+    assert len(parts) > len(plain)
 
 
 @pytest.mark.parametrize("budget", [60, 200, 10_000])

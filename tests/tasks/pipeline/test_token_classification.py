@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,31 +14,20 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from schemas.report import Comparison, CriteriaReport, figure_names
+from schemas.report import Comparison, figure_names
 from schemas.stages import (
-    Call,
     CompareSpec,
-    EvaluateSpec,
     InspectSpec,
-    MergeSpec,
-    PrepareSpec,
-    RegisterSpec,
-    TrainSpec,
 )
 from schemas.tasks import TASKS
 from tasks.compare.stage import run as compare
-from tasks.core.store import Store
-from tasks.evaluate import memory, probes
+from tasks.evaluate import memory
 from tasks.evaluate.stage import run as evaluate
 from tasks.inspect.stage import run as inspect
-from tasks.merge.stage import run as merge
-from tasks.prepare.stage import run as prepare
 from tasks.register import served_model
 from tasks.register.asked import held_out_rows
-from tasks.register.package import make_package
 from tasks.register.registry import signature
 from tasks.register.verify import difference, expected_logits
-from tasks.train.stage import run as train
 
 TASK = "token-classification"
 NAMES = ["Ada Lovelace", "Kurt Gödel", "Emmy Noether", "Alan Turing", "Grace Hopper"]
@@ -88,105 +75,16 @@ def make_base(directory: Path, texts: list[str]) -> None:
     BertModel(config).save_pretrained(directory)
 
 
-class Pipeline:
-    """The stages by hand, as the flow calls them."""
-
-    def __init__(self, root: Path) -> None:
-        self.store, self.base = Store(root / "store"), root / "base"
-        draw = random.Random(0)
-        rows = [made_row(draw, number) for number in range(160)]
-        make_base(self.base, [row["text"] for row in rows])
-        for name, part in (("train", rows[:120]), ("test", rows[120:])):
-            lines = "".join(json.dumps(row) + "\n" for row in part)
-            (root / f"{name}.jsonl").write_text(lines)
-        data = {name: {"path": f"{name}.jsonl"} for name in ("train", "test")}
-        spec = PrepareSpec.model_validate(
-            {"task": TASK, "data": {**data, "max_length": 24, "on_overflow": "truncate"}}
-        )
-        paths = {name: root / f"{name}.jsonl" for name in ("train", "test")}
-        self.prepared = self.make(prepare, spec, {**paths, "base": self.base})
-
-    def make(self, run: Any, spec: Any, paths: dict[str, Path]) -> Path:
-        call = Call(
-            stage=spec.STAGE,
-            stage_version=spec.VERSION,
-            format="transformers",
-            spec=spec.model_dump(mode="json"),
-            paths={},
-            inputs={name: path.name for name, path in paths.items() if name != "base"},
-        )
-        return self.store.make(call, lambda out: run(spec, paths, out)).path
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        return {"base": self.base, "prepared": self.prepared}
-
-    def trained(self, candidate: dict[str, Any], rate: float) -> Path:
-        spec = TrainSpec.model_validate(
-            {
-                "task": TASK,
-                "candidate": candidate,
-                "train": {"max_steps": 60, "batch_tokens": 400, "learning_rate": rate},
-                "dtype": "float32",
-            }
-        )
-        return self.make(train, spec, self.paths)
-
-    def merged(self, trained: Path) -> Path:
-        spec = MergeSpec.model_validate({"finish": {"merge": True}})
-        return self.make(merge, spec, {**self.paths, "trained": trained})
-
-    def spec(self, subject: str) -> EvaluateSpec:
-        settings = {"batch_sizes": [1], "prompt_tokens": 8, "repeats": 3, "bootstrap": 100}
-        return EvaluateSpec.model_validate(
-            {
-                "task": TASK,
-                "subject": subject,
-                "evaluate": settings,
-                "train": {"batch_tokens": 200},
-                "dtype": "float32",
-            }
-        )
-
-    def evaluated(self, subject: str, entry: Path) -> Path:
-        return self.make(evaluate, self.spec(subject), {**self.paths, "subject": entry})
-
-    def served(self, finished: Path, evaluated: Path, root: Path) -> served_model.ServedModel:
-        """The version that would be registered, loaded as MLflow loads it."""
-        spec = RegisterSpec(
-            task=TASK,
-            name="slots",
-            recipe_name="slots",
-            base={"model": "base", "revision": None},
-            max_new_tokens=1,
-            tracking="0",
-        )
-        page = root / "page"
-        page.mkdir()
-        (page / "report.html").write_text("<html>")
-        paths = {**self.paths, "finished": finished, "evaluated": evaluated, "page": page}
-        package = make_package(spec, paths, root / "package")
-        model = served_model.ServedModel()
-        model.load_context(SimpleNamespace(artifacts={"package": str(package.directory)}))
-        return model
-
-
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    return Pipeline(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture
-def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is measured by a test of its own."""
-    monkeypatch.setattr(probes.Probe, "peak_mib", lambda probe: 1.0)
-    monkeypatch.setattr(probes, "_spawn", lambda spec, paths: subprocess.Popen(["true"]))
-
-
-def report_of(entry: Path) -> tuple[CriteriaReport, list[dict[str, Any]]]:
-    report = CriteriaReport.model_validate_json((entry / "criteria.json").read_bytes())
-    lines = (entry / "predictions.jsonl").read_text().splitlines()
-    return report, [json.loads(line) for line in lines]
+def pipeline(stages: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root, draw = tmp_path_factory.mktemp("tokens"), random.Random(0)
+    rows = [made_row(draw, number) for number in range(160)]
+    make_base(root / "base", [row["text"] for row in rows])
+    for name, part in (("train", rows[:120]), ("test", rows[120:])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    data = {"max_length": 24, "on_overflow": "truncate"}
+    train = {"max_steps": 60, "batch_tokens": 400}
+    return stages(root, TASK, data, train, {"batch_sizes": [1], "prompt_tokens": 8})
 
 
 CANDIDATES = {
@@ -197,12 +95,12 @@ CANDIDATES = {
 
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_what_is_served_is_what_was_measured(
-    pipeline: Pipeline, tmp_path: Path, no_probes: None, name: str
+    pipeline: Any, tmp_path: Path, no_probes: None, name: str
 ) -> None:
     trained = pipeline.trained(*CANDIDATES[name])
     finished = pipeline.merged(trained)
     measured = pipeline.evaluated("finished", finished)
-    report, predictions = report_of(measured)
+    report, predictions = pipeline.report_of(measured)
     # Words decide the slots, so that embeddings and head alone can learn them.
     assert report.accuracy.metrics["entity_f1"].value > 0.9
     assert set(report.how) >= {"accuracy", "memory"}
@@ -210,8 +108,7 @@ def test_what_is_served_is_what_was_measured(
     assert report.figures().keys() <= set(figure_names(TASK, [1], [8]))
 
     model = pipeline.served(finished, measured, tmp_path)
-    rows = [json.loads(line) for line in (pipeline.prepared / "test_rows.jsonl").open()]
-    answers = model.predict(None, pd.DataFrame({0: [row["prompt"] for row in rows]}))
+    answers = model.predict(None, pd.DataFrame({0: pipeline.test_texts}))
     assert list(answers) == [column.name for column in signature(TASK, 1).outputs]
     for line, answer in zip(predictions, answers["spans"], strict=True):
         spans = json.loads(answer)
@@ -230,33 +127,32 @@ def test_what_is_served_is_what_was_measured(
 
 
 def test_an_adapter_and_its_merge_find_the_same_spans(
-    pipeline: Pipeline, tmp_path: Path, no_probes: None
+    pipeline: Any, tmp_path: Path, no_probes: None
 ) -> None:
     trained = pipeline.trained(*CANDIDATES["lora"])
     adapter = pipeline.evaluated("candidate", trained)
-    report, predictions = report_of(adapter)
+    report, predictions = pipeline.report_of(adapter)
     assert sorted(report.figures()) == sorted(
         set(figure_names(TASK, [1], [8])) - {"retention_loss", "retention_change"}
     )
-    _, merged = report_of(pipeline.evaluated("finished", pipeline.merged(trained)))
+    _, merged = pipeline.report_of(pipeline.evaluated("finished", pipeline.merged(trained)))
     spans = [
         [[(s["start"], s["end"], s["label"]) for s in line["got"]] for line in lines]
         for lines in (predictions, merged)
     ]
     assert spans[0] == spans[1]
-    texts = [json.loads(line)["prompt"] for line in (pipeline.prepared / "test_rows.jsonl").open()]
     served = pipeline.served(trained, adapter, tmp_path)
-    found = [json.loads(answer) for answer in served.mark(texts)]
+    found = [json.loads(answer) for answer in served.mark(pipeline.test_texts)]
     assert [[(s["start"], s["end"], s["label"]) for s in row] for row in found] == spans[0]
 
 
-def test_memory_is_measured_for_the_task(pipeline: Pipeline) -> None:
+def test_memory_is_measured_for_the_task(pipeline: Any) -> None:
     """In this process: the toy that settles it is loaded, and the base classifies its tokens."""
     # The weights are 200 KB: what else is counted is noise, and nothing of torch.
     assert 0 <= memory.peak_of_call(pipeline.spec("base"), pipeline.paths) < 64
 
 
-def test_inspection_counts_the_head_of_every_token(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_inspection_counts_the_head_of_every_token(pipeline: Any, tmp_path: Path) -> None:
     spec = InspectSpec.model_validate(
         {"task": TASK, "candidates": [candidate for candidate, _ in CANDIDATES.values()]}
     )
@@ -286,9 +182,7 @@ def test_a_served_span_follows_the_rule_of_the_metric() -> None:
         ]
 
 
-def test_adapters_are_told_apart_by_spans(
-    pipeline: Pipeline, tmp_path: Path, no_probes: None
-) -> None:
+def test_adapters_are_told_apart_by_spans(pipeline: Any, tmp_path: Path, no_probes: None) -> None:
     """What a comparison reads of an entry gives the entry's own figures and intervals, whether all
     was measured or only scored."""
     subjects = {}
@@ -298,7 +192,9 @@ def test_adapters_are_told_apart_by_spans(
         subjects[f"{name}/0"] = pipeline.make(
             evaluate, scored, {**pipeline.paths, "subject": entry}
         )
-    whole, _ = report_of(pipeline.evaluated("candidate", pipeline.trained(*CANDIDATES["lora"])))
+    whole, _ = pipeline.report_of(
+        pipeline.evaluated("candidate", pipeline.trained(*CANDIDATES["lora"]))
+    )
     metrics = TASKS[TASK].metrics
     spec = CompareSpec(
         labels=list(CANDIDATES),

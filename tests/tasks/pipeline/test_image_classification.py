@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,31 +23,19 @@ from transformers import (
 )
 
 from schemas.errors import UserError
-from schemas.report import CriteriaReport, DataReport, figure_names
+from schemas.report import DataReport, figure_names
 from schemas.stages import (
-    Call,
     CostSpec,
-    EvaluateSpec,
     InspectSpec,
-    MergeSpec,
-    PrepareSpec,
-    RegisterSpec,
-    TrainSpec,
 )
-from tasks.core.store import Store
 from tasks.cost.stage import run as cost
-from tasks.evaluate import memory, probes
-from tasks.evaluate.stage import run as evaluate
+from tasks.evaluate import memory
 from tasks.inspect.stage import run as inspect
-from tasks.merge.stage import run as merge
-from tasks.prepare.stage import run as prepare
 from tasks.register import served_model
 from tasks.register.asked import held_out_rows
-from tasks.register.package import make_package
 from tasks.register.registry import signature
 from tasks.register.verify import difference, expected_logits
 from tasks.report import data_view, lengths
-from tasks.train.stage import run as train
 
 TASK = "image-classification"
 COLOURS = ["red", "green", "blue"]
@@ -91,120 +78,40 @@ def make_base(directory: Path) -> None:
     (directory / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
 
 
-class Pipeline:
-    """The stages by hand, as the flow calls them."""
-
-    def __init__(self, root: Path) -> None:
-        self.store, self.base = Store(root / "store"), root / "base"
-        make_base(self.base)
-        for name, numbers in (("train", range(60)), ("test", range(60, 80))):
-            lines = []
-            for number in numbers:
-                (root / f"{number}.png").write_bytes(picture(number))
-                lines.append({"image": f"{number}.png", "label": COLOURS[number % 3]})
-            (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-        data = {name: {"path": f"{name}.jsonl"} for name in ("train", "test")}
-        spec = PrepareSpec.model_validate({"task": TASK, "data": data})
-        paths = {name: root / f"{name}.jsonl" for name in ("train", "test")}
-        self.prepared = self.make(prepare, spec, {**paths, "base": self.base})
-
-    def make(self, run: Any, spec: Any, paths: dict[str, Path]) -> Path:
-        call = Call(
-            stage=spec.STAGE,
-            stage_version=spec.VERSION,
-            format="transformers",
-            spec=spec.model_dump(mode="json"),
-            paths={},
-            inputs={name: path.name for name, path in paths.items() if name != "base"},
-        )
-        return self.store.make(call, lambda out: run(spec, paths, out)).path
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        return {"base": self.base, "prepared": self.prepared}
-
-    def trained(self, candidate: dict[str, Any], rate: float) -> Path:
-        settings = {"max_steps": 25, "batch_tokens": 300, "learning_rate": rate}
-        spec = TrainSpec.model_validate(
-            {"task": TASK, "candidate": candidate, "train": settings, "dtype": "float32"}
-        )
-        return self.make(train, spec, self.paths)
-
-    def merged(self, trained: Path) -> Path:
-        spec = MergeSpec.model_validate({"finish": {"merge": True}})
-        return self.make(merge, spec, {**self.paths, "trained": trained})
-
-    def spec(self, subject: str) -> EvaluateSpec:
-        settings = {"batch_sizes": [1, 3], "repeats": 3, "bootstrap": 100}
-        return EvaluateSpec.model_validate(
-            {
-                "task": TASK,
-                "subject": subject,
-                "evaluate": settings,
-                "train": {"batch_tokens": 300},
-                "dtype": "float32",
-            }
-        )
-
-    def evaluated(self, subject: str, entry: Path) -> Path:
-        return self.make(evaluate, self.spec(subject), {**self.paths, "subject": entry})
-
-    def served(self, finished: Path, evaluated: Path, root: Path) -> served_model.ServedModel:
-        """The version that would be registered, loaded as MLflow loads it."""
-        spec = RegisterSpec(
-            task=TASK,
-            name="colours",
-            recipe_name="colours",
-            base={"model": "base", "revision": None},
-            max_new_tokens=1,
-            tracking="0",
-        )
-        page = root / "page"
-        page.mkdir()
-        (page / "report.html").write_text("<html>")
-        paths = {**self.paths, "finished": finished, "evaluated": evaluated, "page": page}
-        package = make_package(spec, paths, root / "package")
-        assert any(line.startswith("pillow==") for line in package.requirements)
-        assert all(isinstance(row, bytes) for row in package.example)
-        assert "predict([open(" in package.card
-        model = served_model.ServedModel()
-        model.load_context(SimpleNamespace(artifacts={"package": str(package.directory)}))
-        return model
-
-
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    return Pipeline(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture
-def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is measured by a test of its own."""
-    monkeypatch.setattr(probes.Probe, "peak_mib", lambda probe: 1.0)
-    monkeypatch.setattr(probes, "_spawn", lambda spec, paths: subprocess.Popen(["true"]))
-
-
-def report_of(entry: Path) -> tuple[CriteriaReport, list[dict[str, Any]]]:
-    report = CriteriaReport.model_validate_json((entry / "criteria.json").read_bytes())
-    lines = (entry / "predictions.jsonl").read_text().splitlines()
-    return report, [json.loads(line) for line in lines]
+def pipeline(stages: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("images")
+    make_base(root / "base")
+    for name, numbers in (("train", range(60)), ("test", range(60, 80))):
+        lines = []
+        for number in numbers:
+            (root / f"{number}.png").write_bytes(picture(number))
+            lines.append({"image": f"{number}.png", "label": COLOURS[number % 3]})
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    train = {"max_steps": 25, "batch_tokens": 300}
+    return stages(root, TASK, {}, train, {"batch_sizes": [1, 3]})
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_what_is_served_is_what_was_measured(
-    pipeline: Pipeline, tmp_path: Path, no_probes: None, name: str
+    pipeline: Any, tmp_path: Path, no_probes: None, name: str
 ) -> None:
     trained = pipeline.trained(*CANDIDATES[name])
     finished = trained if name == "bottleneck" else pipeline.merged(trained)
     measured = pipeline.evaluated("finished", finished)
-    report, predictions = report_of(measured)
+    report, predictions = pipeline.report_of(measured)
     assert report.accuracy.metrics["accuracy"].value > 0.9
     assert report.figures().keys() <= set(figure_names(TASK, [1, 3], [64]))
     assert "prefill_ratio_b3" + ("" if name == "bottleneck" else "_merged") in report.figures()
     assert report.accuracy.retention_loss is None
     assert "not measured" in report.how["accuracy"]
 
-    model = pipeline.served(finished, measured, tmp_path)
+    package = pipeline.packed(finished, measured, tmp_path)
+    assert any(line.startswith("pillow==") for line in package.requirements)
+    assert all(isinstance(row, bytes) for row in package.example)
+    assert "predict([open(" in package.card
+    model = served_model.ServedModel()
+    model.load_context(SimpleNamespace(artifacts={"package": str(package.directory)}))
     asked = held_out_rows(pipeline.prepared, 20)
     answers = model.predict(None, pd.DataFrame({0: [row.text for row in asked]}))
     made = signature(TASK, 1)
@@ -225,10 +132,10 @@ def test_what_is_served_is_what_was_measured(
         assert difference(one, model.logits([row.tokens])[0]) == 0
 
 
-def test_an_adapter_and_its_merge_answer_alike(pipeline: Pipeline, no_probes: None) -> None:
+def test_an_adapter_and_its_merge_answer_alike(pipeline: Any, no_probes: None) -> None:
     trained = pipeline.trained(*CANDIDATES["lora"])
-    report, predictions = report_of(pipeline.evaluated("candidate", trained))
-    _, merged = report_of(pipeline.evaluated("finished", pipeline.merged(trained)))
+    report, predictions = pipeline.report_of(pipeline.evaluated("candidate", trained))
+    _, merged = pipeline.report_of(pipeline.evaluated("finished", pipeline.merged(trained)))
     assert [line["got"] for line in predictions] == [line["got"] for line in merged]
     assert report.swapping is not None
     assert report.swapping.equal
@@ -240,12 +147,12 @@ def test_an_adapter_and_its_merge_answer_alike(pipeline: Pipeline, no_probes: No
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (16, 16)
 
 
-def test_memory_is_measured_for_the_task(pipeline: Pipeline) -> None:
+def test_memory_is_measured_for_the_task(pipeline: Any) -> None:
     """In this process: the toy that settles it is loaded, and the base classifies its images."""
     assert 0 <= memory.peak_of_call(pipeline.spec("base"), pipeline.paths) < 64
 
 
-def test_a_plan_counts_the_tokens_that_the_base_makes(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_plan_counts_the_tokens_that_the_base_makes(pipeline: Any, tmp_path: Path) -> None:
     """Before the rows are prepared and after; what it expects of memory is the run's own."""
     trained = pipeline.trained(*CANDIDATES["lora"])
     facts = json.loads((trained / "manifest.json").read_bytes())["facts"]
@@ -289,7 +196,7 @@ def test_a_plan_needs_no_more_than_a_shape(tmp_path: Path) -> None:
     assert cost(spec, {}, tmp_path)["candidates"]["lora-r4"]["training_mib"]["total"] > 0
 
 
-def test_the_page_says_what_becomes_of_an_image(pipeline: Pipeline) -> None:
+def test_the_page_says_what_becomes_of_an_image(pipeline: Any) -> None:
     text = (pipeline.prepared / "data_report.json").read_text()
     data = DataReport.model_validate_json(text)
     # DeiT puts two tokens in front of its 16 patches. Lengths that are all alike make no plot.
@@ -298,13 +205,13 @@ def test_the_page_says_what_becomes_of_an_image(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning", "few_shot"])
-def test_what_needs_text_is_refused(pipeline: Pipeline, tmp_path: Path, method: str) -> None:
+def test_what_needs_text_is_refused(pipeline: Any, tmp_path: Path, method: str) -> None:
     spec = InspectSpec.model_validate({"task": TASK, "candidates": [{"method": method}]})
     with pytest.raises(UserError, match=rf"{method} cannot be used for {TASK}"):
         inspect(spec, {"base": pipeline.base}, tmp_path)
 
 
-def test_a_base_that_reads_something_else_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_base_that_reads_something_else_is_refused(pipeline: Any, tmp_path: Path) -> None:
     """Both ways, each with what would do."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = tmp_path / "text"

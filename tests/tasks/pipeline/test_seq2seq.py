@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,31 +22,17 @@ from transformers import (
 )
 
 from schemas.errors import UserError
-from schemas.report import CriteriaReport, figure_names
+from schemas.report import figure_names
 from schemas.stages import (
-    Call,
-    EvaluateSpec,
     InspectSpec,
-    MergeSpec,
-    PrepareSpec,
-    RegisterSpec,
-    TrainSpec,
 )
 from tasks.core.models import load_trained
-from tasks.core.store import Store
-from tasks.core.tokens import TokenRows
 from tasks.evaluate import generate as generating
-from tasks.evaluate import memory, probes, scoring
-from tasks.evaluate.stage import run as evaluate
+from tasks.evaluate import memory, scoring
 from tasks.inspect.stage import run as inspect
-from tasks.merge.stage import run as merge
-from tasks.prepare.stage import run as prepare
-from tasks.register import served_model
 from tasks.register.asked import held_out_rows
-from tasks.register.package import make_package
 from tasks.register.registry import signature
 from tasks.register.verify import difference, expected_logits
-from tasks.train.stage import run as train
 
 TASK = "seq2seq"
 COLOURS, THINGS, OTHERS = ["red", "blue", "grey"], ["cup", "lamp", "desk"], ["a", "the", "my", "or"]
@@ -90,131 +74,59 @@ def make_base(directory: Path, kind: str) -> None:
         ).save_pretrained(directory)  # fmt: skip
 
 
-class Pipeline:
-    """The stages by hand, as the flow calls them. The task: say which thing of which colour is
-    named among other words, and whether it is broken."""
-
-    def __init__(self, root: Path, kind: str) -> None:
-        self.store, self.base = Store(root / "store"), root / "base"
-        make_base(self.base, kind)
-        draw, rows = random.Random(0), {}
-        while len(rows) < 200:
-            answer = [draw.choice(COLOURS), draw.choice(THINGS)] + ["broken"] * draw.randint(0, 1)
-            words = [*answer, *draw.choices(OTHERS, k=draw.randint(1, 6))]
-            draw.shuffle(words)
-            rows[" ".join(words)] = " ".join(answer)
-        lines = [json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows.items()]
-        places = {"train": lines[:150], "test": lines[150:190], "retention": lines[190:]}
-        for name, part in places.items():
-            (root / f"{name}.jsonl").write_text("".join(part))
-        data = {name: {"path": f"{name}.jsonl"} for name in places}
-        spec = PrepareSpec.model_validate({"task": TASK, "data": {**data, "max_length": 12}})
-        paths = {name: root / f"{name}.jsonl" for name in places}
-        self.prepared = self.make(prepare, spec, {**paths, "base": self.base})
-
-    def make(self, run: Any, spec: Any, paths: dict[str, Path]) -> Path:
-        call = Call(
-            stage=spec.STAGE,
-            stage_version=spec.VERSION,
-            format="transformers",
-            spec=spec.model_dump(mode="json"),
-            paths={},
-            inputs={name: path.name for name, path in paths.items() if name != "base"},
-        )
-        return self.store.make(call, lambda out: run(spec, paths, out)).path
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        return {"base": self.base, "prepared": self.prepared}
-
-    @property
-    def test_rows(self) -> TokenRows:
-        return TokenRows.load(self.prepared / "tokens" / "test.safetensors")
-
-    def trained(self, candidate: dict[str, Any], rate: float, steps: int = 150) -> Path:
-        settings = {"max_steps": steps, "batch_tokens": 300, "learning_rate": rate}
-        spec = TrainSpec.model_validate(
-            {"task": TASK, "candidate": candidate, "train": settings, "dtype": "float32"}
-        )
-        return self.make(train, spec, self.paths)
-
-    def merged(self, trained: Path) -> Path:
-        spec = MergeSpec.model_validate({"finish": {"merge": True}})
-        return self.make(merge, spec, {**self.paths, "trained": trained})
-
-    def spec(self, subject: str) -> EvaluateSpec:
-        settings = {
-            "batch_sizes": [1, 3],
-            "prompt_tokens": [8, 4],
-            "repeats": 3,
-            "bootstrap": 100,
-            "max_new_tokens": NEW_TOKENS,
-        }
-        return EvaluateSpec.model_validate(
-            {
-                "task": TASK,
-                "subject": subject,
-                "evaluate": settings,
-                "train": {"batch_tokens": 200},
-                "dtype": "float32",
-            }
-        )
-
-    def evaluated(self, subject: str, entry: Path | None) -> Path:
-        named = {} if entry is None else {"subject": entry}
-        return self.make(evaluate, self.spec(subject), {**self.paths, **named})
-
-    def served(self, finished: Path, evaluated: Path, root: Path) -> served_model.ServedModel:
-        """The version that would be registered, loaded as MLflow loads it."""
-        spec = RegisterSpec(
-            task=TASK,
-            name="say",
-            recipe_name="say",
-            base={"model": "base", "revision": None},
-            max_new_tokens=NEW_TOKENS,
-            tracking="0",
-        )
-        page = root / "page"
-        page.mkdir()
-        (page / "report.html").write_text("<html>")
-        paths = {**self.paths, "finished": finished, "evaluated": evaluated, "page": page}
-        package = make_package(spec, paths, root / "package")
-        model = served_model.ServedModel()
-        model.load_context(SimpleNamespace(artifacts={"package": str(package.directory)}))
-        return model
+def make_rows(root: Path) -> None:
+    """The task: say which thing of which colour is named among other words, and whether it is
+    broken."""
+    draw, rows = random.Random(0), {}
+    while len(rows) < 200:
+        answer = [draw.choice(COLOURS), draw.choice(THINGS)] + ["broken"] * draw.randint(0, 1)
+        words = [*answer, *draw.choices(OTHERS, k=draw.randint(1, 6))]
+        draw.shuffle(words)
+        rows[" ".join(words)] = " ".join(answer)
+    lines = [json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows.items()]
+    places = {"train": lines[:150], "test": lines[150:190], "retention": lines[190:]}
+    for name, part in places.items():
+        (root / f"{name}.jsonl").write_text("".join(part))
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipeline]:
-    return {kind: Pipeline(tmp_path_factory.mktemp(kind), kind) for kind in SIZES}
-
-
-@pytest.fixture
-def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is measured by a test of its own."""
-    monkeypatch.setattr(probes.Probe, "peak_mib", lambda probe: 1.0)
-    monkeypatch.setattr(probes, "_spawn", lambda spec, paths: subprocess.Popen(["true"]))
-
-
-def report_of(entry: Path) -> tuple[CriteriaReport, list[dict[str, Any]]]:
-    report = CriteriaReport.model_validate_json((entry / "criteria.json").read_bytes())
-    lines = (entry / "predictions.jsonl").read_text().splitlines()
-    return report, [json.loads(line) for line in lines]
+def pipelines(stages: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    made = {}
+    for kind in SIZES:
+        root = tmp_path_factory.mktemp(kind)
+        make_base(root / "base", kind)
+        make_rows(root)
+        measures = {"batch_sizes": [1, 3], "prompt_tokens": [8, 4], "max_new_tokens": NEW_TOKENS}
+        train = {"max_steps": 150, "batch_tokens": 300}
+        made[kind] = stages(root, TASK, {"max_length": 12}, train, measures, NEW_TOKENS)
+    return made
 
 
 LORA = {"method": "lora", "rank": 8, "alpha": 16, "target_modules": "all-linear"}
-CANDIDATES = {"full": ({"method": "full"}, 5e-3), "lora": (LORA, 2e-2)}
+LOHA = {"peft_type": "LOHA", "r": 4, "target_modules": "all-linear"}
+CANDIDATES = {
+    "full": ({"method": "full"}, 5e-3),
+    "lora": (LORA, 2e-2),
+    "prompt_tuning": ({"method": "prompt_tuning", "virtual_tokens": 5}, 0.1, 30),
+    "p_tuning": ({"method": "p_tuning", "virtual_tokens": 5}, 1e-2, 30),
+    "prefix_tuning": ({"method": "prefix_tuning", "virtual_tokens": 5}, 0.1, 30),
+    "peft": ({"method": "peft", "peft": LOHA}, 1e-2, 30),
+    "zero_shot": ({"method": "zero_shot"}, 1e-2),
+}
+MERGED = ("full", "lora")
 
 
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_what_is_served_is_what_was_measured(
-    pipelines: dict[str, Pipeline], tmp_path: Path, no_probes: None, kind: str, name: str
+    pipelines: dict[str, Any], tmp_path: Path, no_probes: None, kind: str, name: str
 ) -> None:
     pipeline = pipelines[kind]
-    finished = pipeline.merged(pipeline.trained(*CANDIDATES[name]))
+    finished = pipeline.trained(*CANDIDATES[name])
+    if name in MERGED:
+        finished = pipeline.merged(finished)
     measured = pipeline.evaluated("finished", finished)
-    report, predictions = report_of(measured)
+    report, predictions = pipeline.report_of(measured)
     if name == "full":  # a random frozen base gives a low-rank update little to work with
         assert report.accuracy.metrics["exact_match"].value > 0.5
     assert report.figures().keys() <= set(figure_names(TASK, [1, 3], [8, 4]))
@@ -222,8 +134,7 @@ def test_what_is_served_is_what_was_measured(
     assert all(row.token_p50_ms is not None for row in report.inference_overhead)
 
     model = pipeline.served(finished, measured, tmp_path)
-    rows = [json.loads(line) for line in (pipeline.prepared / "test_rows.jsonl").open()]
-    answers = model.predict(None, pd.DataFrame({0: [row["prompt"] for row in rows]}))
+    answers = model.predict(None, pd.DataFrame({0: pipeline.test_texts}))
     assert list(answers) == [column.name for column in signature(TASK, 1).outputs]
     assert answers["completion"].tolist() == [line["got"] for line in predictions]
 
@@ -239,28 +150,27 @@ def test_what_is_served_is_what_was_measured(
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_an_adapter_served_beside_its_base_says_what_its_merge_says(
-    pipelines: dict[str, Pipeline], tmp_path: Path, no_probes: None, kind: str
+    pipelines: dict[str, Any], tmp_path: Path, no_probes: None, kind: str
 ) -> None:
     pipeline = pipelines[kind]
     trained = pipeline.trained(*CANDIDATES["lora"])
     adapter = pipeline.evaluated("candidate", trained)
-    report, predictions = report_of(adapter)
+    report, predictions = pipeline.report_of(adapter)
     wanted = set(figure_names(TASK, [1, 3], [8, 4])) - {"field_f1"}
     assert set(report.figures()) == wanted
-    _, merged = report_of(pipeline.evaluated("finished", pipeline.merged(trained)))
+    _, merged = pipeline.report_of(pipeline.evaluated("finished", pipeline.merged(trained)))
     assert [line["got"] for line in merged] == [line["got"] for line in predictions]
     # The same weights, added up in another order: float32 roundings.
     losses = [[line["loss"] for line in lines] for lines in (merged, predictions)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     served = pipeline.served(trained, adapter, tmp_path)
-    texts = [json.loads(line)["prompt"] for line in (pipeline.prepared / "test_rows.jsonl").open()]
-    assert served.complete(texts, NEW_TOKENS) == [line["got"] for line in predictions]
+    assert served.complete(pipeline.test_texts, NEW_TOKENS) == [line["got"] for line in predictions]
 
 
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("rows", [1, 5, 128])
 def test_batched_answers_are_transformers_own_one_by_one(
-    pipelines: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch, kind: str, rows: int
+    pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str, rows: int
 ) -> None:
     pipeline = pipelines[kind]
     entry = pipeline.trained(*CANDIDATES["full"])
@@ -285,7 +195,7 @@ def test_batched_answers_are_transformers_own_one_by_one(
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_losses_of_a_batch_are_those_of_each_row(pipelines: dict[str, Pipeline], kind: str) -> None:
+def test_losses_of_a_batch_are_those_of_each_row(pipelines: dict[str, Any], kind: str) -> None:
     pipeline, rows = pipelines[kind], pipelines[kind].test_rows
     model = AutoModelForSeq2SeqLM.from_pretrained(pipeline.base).eval()
     loss_N, tokens_N = scoring.answer_losses(model, rows, "loss")
@@ -297,7 +207,7 @@ def test_losses_of_a_batch_are_those_of_each_row(pipelines: dict[str, Pipeline],
         assert loss_N[index] == pytest.approx(float(own) * tokens_N[index], rel=1e-5)
 
 
-def test_memory_is_measured_for_the_task(pipelines: dict[str, Pipeline]) -> None:
+def test_memory_is_measured_for_the_task(pipelines: dict[str, Any]) -> None:
     """In this process: the toy that settles it is loaded, and the base writes for its encoder."""
     pipeline = pipelines["t5"]
     # The weights are 200 KB: what else is counted is noise, and nothing of torch.
@@ -321,10 +231,7 @@ def test_a_base_of_the_other_kind_is_refused_with_the_fix(
         inspect(spec, {"base": tmp_path}, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["few_shot", "prompt_tuning", "p_tuning", "prefix_tuning"])
-def test_methods_that_are_not_for_two_stacks_are_refused(
-    pipelines: dict[str, Pipeline], tmp_path: Path, method: str
-) -> None:
-    spec = InspectSpec.model_validate({"task": TASK, "candidates": [{"method": method}]})
-    with pytest.raises(UserError, match=f"{method} cannot be used for seq2seq"):
+def test_examples_before_a_prompt_are_refused(pipelines: dict[str, Any], tmp_path: Path) -> None:
+    spec = InspectSpec.model_validate({"task": TASK, "candidates": [{"method": "few_shot"}]})
+    with pytest.raises(UserError, match="few_shot cannot be used for seq2seq"):
         inspect(spec, {"base": pipelines["t5"].base}, tmp_path)
