@@ -145,6 +145,7 @@ class MergeSpec(Spec):
 
     STAGE: ClassVar[str] = "merge"
     VERSION: ClassVar[int] = 2
+    UNKEYED: ClassVar[tuple[str, ...]] = ("finish.turbo",)
 
     finish: Finish
 

@@ -97,14 +97,19 @@ class Guard:
     def require(self) -> None:
         """Raise a HeadsError where it is another model by now."""
         now = _touched(self.parts.model)
+        replaced = self.parts.model.get_output_embeddings() is not self.parts.lm_head
         # By identity: what is seen is held, so that no other tensor can take its address.
-        if len(now) == len(self.seen) and all(
-            one is other and version == before
-            for (one, version), (other, before) in zip(now, self.seen, strict=True)
+        if (
+            not replaced
+            and len(now) == len(self.seen)
+            and all(
+                one is other and mark == before
+                for (one, mark), (other, before) in zip(now, self.seen, strict=True)
+            )
         ):
             return
         require_same(self.config, self.parts)
-        if self.parts.model.get_output_embeddings() is not self.parts.lm_head:
+        if replaced:
             raise HeadsError(
                 "the model's lm_head was replaced since (its vocabulary was resized, or weights "
                 "were tied anew): take the model apart again, and make a new Writer"
@@ -118,7 +123,9 @@ def _touched(model: Any) -> list[tuple[Any, Any]]:
     for module in model.modules():
         for tensor in module._parameters.values():
             if tensor is not None:
-                found.append((tensor, None if tensor.is_inference() else tensor._version))
+                # Written to in place, or, as resizing does, given other data by the same name.
+                version = None if tensor.is_inference() else tensor._version
+                found.append((tensor, (version, tensor.data_ptr(), tensor.shape)))
         if (switched := _switched(module)) is not None:
             found.append((module, switched))
     return found
