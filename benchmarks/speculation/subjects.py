@@ -32,8 +32,11 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = RECIPES / "quickstart"
 BASE = QUICKSTART / "base"
 
+#: The heads of all subjects. Half as many texts as by default, read as often again.
+TURBO = Turbo(prompts=1000, epochs=12)
+
 #: Of the grown base: times as wide, blocks, and how far apart copies start.
-TIMES, LAYERS, NOISE = 4, 10, 0.05
+TIMES, LAYERS, NOISE = 4, 10, 0.4
 SIZES = ("embedded", "grown")
 
 
@@ -60,8 +63,8 @@ TASKS = {
         rows=2602,
         max_length=128,
         answer=64,
-        epochs={"embedded": 8, "grown": 0.5},
-        rate={"embedded": 5e-3, "grown": 2e-4},
+        epochs={"embedded": 8, "grown": 0.3},
+        rate={"embedded": 5e-3, "grown": 3e-5},
     ),
     "gsm8k": Task(
         train=RECIPES / "data" / "gsm8k_train.jsonl",

@@ -23,9 +23,15 @@ TOLERANCE = 1e-4
 def small(**changed: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = {
-        **{"vocab_size": 96, "hidden_size": 48, "intermediate_size": 112, "head_dim": 12},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3},
-        **{"initializer_range": 0.3, "tie_word_embeddings": True},
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "intermediate_size": 112,
+        "head_dim": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
     }
     model = LlamaForCausalLM(LlamaConfig(**{**config, **changed})).eval()
     for name, weight in model.named_parameters():
