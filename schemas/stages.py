@@ -75,7 +75,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 6
+    VERSION: ClassVar[int] = 7
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
@@ -157,7 +157,7 @@ class TurboSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "turbo"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("turbo.checkpoint_every_s",)
 

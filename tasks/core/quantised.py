@@ -86,13 +86,20 @@ def options(quantisation: Quantisation, dtype: Dtype) -> dict[str, Any]:
 
 
 def settle(model: nn.Module) -> None:
-    """Make a model that was just loaded one like any other: it stays where it is put, and its
-    weights stay as they are."""
+    """Make a model that was just loaded one like any other: it stays where it is put, its weights
+    stay as they are, and of the file that they were made from nothing stays in memory.
+
+    What stays unquantised (embeddings, heads, norms) may lie in the mapped file, where that is in
+    the dtype asked for. One of them would keep the pages that every packed weight was read from.
+    """
     from accelerate.hooks import remove_hook_from_submodules
 
     remove_hook_from_submodules(model)
     for layer in quantised_layers(model).values():
         layer.support_avx512bf16_for_cpu = False
+    for weight in model.parameters():
+        if weight.is_floating_point() and weight.device.type == "cpu":
+            weight.data = weight.detach().clone()
 
 
 def quantised_layers(model: nn.Module) -> dict[str, Any]:

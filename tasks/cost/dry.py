@@ -64,7 +64,8 @@ class DryRun:
     """A micro-batch's pass, its real tokens, and what the whole run has to do.
 
     step_flops: once a step, beside its micro-batches. kept: bytes that the method keeps all along
-    beside weights and optimiser.
+    beside weights and optimiser. later: a pass beside the gradients of an earlier one of its step,
+    these counted; None where there is none, or these are too few to count.
     """
 
     cost: Pass
@@ -72,12 +73,26 @@ class DryRun:
     load: Load
     step_flops: float = 0.0
     kept: int = 0
+    later: Pass | None = None
+
+    @property
+    def peak(self) -> float:
+        """Bytes without weights and moments."""
+        return max(self.cost.peak, self.later.peak if self.later else 0.0)
+
+    @property
+    def with_gradients(self) -> bool:
+        """Whether all of a step's gradients are part of the peak."""
+        return self.cost.late >= self.peak or self.cost.peak < self.peak
 
 
 #: Makes a method's course from the steps of the run.
 MakeCourse = Callable[[int], Course]
 #: Steps where the rows are not known yet.
 MANY_STEPS = 1000
+#: Of a peak: gradients that are a smaller share are not looked for beside a later micro-batch,
+#: which is no larger than the largest, at the price of another pass.
+FEW_GRADIENTS = 0.01
 
 
 def dry_run(
@@ -112,20 +127,24 @@ def dry_run(
     load = load_of(prepared, task, train, layout, full)
     batch = batch_of(load.rows, load.micro_batch, task, layout)
     without_numbers(model)
-    cost = whole_pass(model, batch, dtype)
+    cost, later = whole_pass(model, batch, dtype), None
+    gradients = sum(weight.nbytes for weight in trained(model).values())
+    if load.later is not None and gradients > FEW_GRADIENTS * cost.peak:
+        again = batch_of(load.rows, load.later, task, layout)
+        later = whole_pass(model, again, dtype, accumulates=True)
     course = course_of(load.steps or MANY_STEPS)
     step_flops, late = _penalty(model, course)
     cost = replace(cost, late=max(cost.late, late))
-    return DryRun(cost, batch.tokens, load, step_flops, course.kept())
+    return DryRun(cost, batch.tokens, load, step_flops, course.kept(), later)
 
 
-def whole_pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
-    """A pass through all blocks, from those of a few."""
+def whole_pass(model: nn.Module, batch: Batch, dtype: Dtype, *, accumulates: bool = False) -> Pass:
+    """A pass through all blocks, from those of a few. accumulates: as `_pass` has it."""
     stacks = stacks_of(model)
     total = Pass(0, 0, 0, 0, 0, 0)
     for kept, times in plans([length for stack in stacks for length in stack.runs]):
         with cut(stacks, kept):
-            total += _pass(model, batch, dtype).times(times)
+            total += _pass(model, batch, dtype, accumulates=accumulates).times(times)
     return total
 
 
@@ -177,7 +196,8 @@ def _hollow(tensor: torch.Tensor) -> torch.Tensor:
     return hollow
 
 
-def _pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
+def _pass(model: nn.Module, batch: Batch, dtype: Dtype, *, accumulates: bool = False) -> Pass:
+    """accumulates: an earlier micro-batch's gradients are there, and each new one is added."""
     product = TORCH_DTYPES[dtype]
     ledger = Ledger([*model.parameters(), *model.buffers()])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
@@ -187,6 +207,9 @@ def _pass(model: nn.Module, batch: Batch, dtype: Dtype) -> Pass:
             loss_sum(model, batch, product)
         # What stays of that is cached (a mask, where rows are), and there before any pass.
         floor = ledger.live
+        if accumulates:
+            for weight in trained(model).values():
+                weight.grad = torch.zeros_like(weight)
         ledger.flops, ledger.history = 0.0, []
         with autocast:
             loss = loss_sum(model, batch, product)

@@ -12,7 +12,7 @@ from schemas.recipe import Evaluate
 from schemas.tasks import is_encoder_decoder, is_labelled
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
-from tasks.cost.dry import Pass
+from tasks.cost.dry import DryRun
 from tasks.methods import soft
 from tasks.methods.method import trained
 
@@ -25,22 +25,18 @@ REST_MIB = {"float32": (125, 145), "bfloat16": (165, 175)}
 MOMENTS, GRADIENT = 8, 4
 
 
-def training(
-    model: nn.Module, cost: Pass, kept: int, dtype: Dtype, checkpointing: bool
-) -> dict[str, float]:
-    """The peak, split by what holds it at that moment. MiB.
-
-    kept: bytes that the method itself keeps through the run.
-    """
+def training(model: nn.Module, dry: DryRun, dtype: Dtype, checkpointing: bool) -> dict[str, float]:
+    """The peak, split by what holds it at that moment. MiB."""
     learned = sum(weight.numel() for weight in trained(model).values())
-    # Every gradient is there once the backward pass ends, and none while it has not begun.
-    gradients = min(GRADIENT * learned, cost.peak) if cost.late >= cost.peak else 0.0
+    # The ledger's peak has what there is of them. The split: every gradient is there once a
+    # backward pass ends and all through a later one of the step, none before the first.
+    gradients = min(GRADIENT * learned, dry.peak) if dry.with_gradients else 0.0
     parts = {
         "weights": weight_bytes(model.parameters()) / MIB,
         "gradients": gradients / MIB,
         "optimiser": MOMENTS * learned / MIB,
-        "method": kept / MIB,
-        "activations": (cost.peak - gradients) / MIB,
+        "method": dry.kept / MIB,
+        "activations": (dry.peak - gradients) / MIB,
         "rest": float(REST_MIB[dtype][checkpointing]),
     }
     return {**parts, "total": sum(parts.values())}

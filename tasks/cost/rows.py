@@ -27,10 +27,15 @@ OF_A_TOKEN = 1024
 
 @dataclass(frozen=True)
 class Load:
-    """What a run has to do. steps, tokens: None where the rows are not prepared yet."""
+    """What a run has to do. steps, tokens: None where the rows are not prepared yet.
+
+    later: the largest micro-batch that is not its step's first, and so runs beside the gradients
+    of those before it; None where a step is one micro-batch.
+    """
 
     rows: TokenRows
     micro_batch: Rows
+    later: Rows | None
     steps: int | None
     tokens: int | None
 
@@ -44,21 +49,26 @@ class FullRow:
 
 
 def load_of(prepared: Path | None, task: str, train: Train, layout: Layout, full: FullRow) -> Load:
-    """The largest micro-batch and, from real rows, the steps."""
+    """The largest micro-batches and, from real rows, the steps."""
     rows = full_rows(layout.budget, full, task) if prepared is None else _read(prepared)
     plan = Plan(rows.lengths, train.batch_tokens, train.seed)
     lengths = held_lengths(rows, task)
     steps = total_steps(train, plan.steps_per_epoch)
-    parts = [
-        part
-        for step in plan.epoch(0)[: min(steps, LOOKED_AT)]
-        for part in micro_batches(step, lengths, layout)
+    looked_at = [
+        micro_batches(step, lengths, layout) for step in plan.epoch(0)[: min(steps, LOOKED_AT)]
     ]
-    largest = max(parts, key=lambda part: kept_by(rows.lengths[part]))
+    largest = _largest([part for parts in looked_at for part in parts], rows)
     if prepared is None:
-        return Load(rows, largest, None, None)
+        # Full rows are one micro-batch, of which a step may take several.
+        again = largest if train.batch_tokens > layout.budget else None
+        return Load(rows, largest, again, None, None)
+    later = [part for parts in looked_at for part in parts[1:]]
     mean = len(rows.input_ids) / plan.steps_per_epoch
-    return Load(rows, largest, steps, round(steps * mean))
+    return Load(rows, largest, _largest(later, rows) if later else None, steps, round(steps * mean))
+
+
+def _largest(parts: list[Rows], rows: TokenRows) -> Rows:
+    return max(parts, key=lambda part: kept_by(rows.lengths[part]))
 
 
 def kept_by(lengths: NDArray[np.int64]) -> int:

@@ -109,9 +109,7 @@ def cost(
         trainable_parameters=learned,
         trainable_share=learned / count_parameters(base),
         shipped_mib=shipped / memory.MIB,
-        training_mib=memory.training(
-            model, dry.cost, dry.kept, spec.dtype, train.gradient_checkpointing
-        ),
+        training_mib=memory.training(model, dry, spec.dtype, train.gradient_checkpointing),
         inference_mib=inference_mib,
         forward_flops_per_token=dry.cost.forward_flops / dry.tokens,
         backward_flops_per_token=dry.cost.backward_flops / dry.tokens,

@@ -1,6 +1,6 @@
 """What the teacher wrote and thought, on disk: every epoch reads it, and the model runs once.
 
-    scratch/states/00007.safetensors     the texts of a few prompts, end to end
+    scratch/states-<spec>/00007.safetensors     the texts of a few prompts, end to end
         states   [T, D]   what the lm_head read where each token was written, in the model's dtype
         tokens   int32 [T]     the token that was written there
         offsets  int64 [N + 1] text i is states[offsets[i]:offsets[i + 1]]

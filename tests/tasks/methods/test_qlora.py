@@ -87,6 +87,14 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return model(input_ids=IDS, labels=IDS).loss
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_the_file_that_was_quantised_nothing_stays_mapped(places, dtype):
+    """In the file's own dtype embeddings and head lay in it, and with them all of its pages."""
+    model = base_of(places, "causal-lm", dtype)
+    assert str(places["causal-lm"]) not in Path("/proc/self/maps").read_text()
+    assert next(model.parameters()).isfinite().all()
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("given", [{}, {"quant_type": "fp4", "double_quantisation": False}])

@@ -20,7 +20,7 @@ from tasks.speculate import identity
 from tasks.speculate.decode import Writer
 from tasks.speculate.heads import HeadsConfig, HeadsError, TurboHeads
 from tasks.speculate.identity import Guard, fingerprint, tokenizer_fingerprint
-from tasks.speculate.parts import parts_of
+from tasks.speculate.parts import Parts, parts_of
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -28,7 +28,7 @@ LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 def heads_for(model: Any, tokenizer: Any = None) -> TurboHeads:
     parts = parts_of(model)
     vocabulary, width = parts.scored.shape
-    made_for = {"model": fingerprint(parts.model)}
+    made_for = {"model": fingerprint(parts)}
     if tokenizer is not None:
         made_for["tokenizer"] = tokenizer_fingerprint(tokenizer)
     return TurboHeads(HeadsConfig(2, 4, 8, width, vocabulary, made_for))
@@ -73,10 +73,11 @@ def test_training_that_moves_most_weights_is_seen_in_a_sample(monkeypatch) -> No
     monkeypatch.setattr(identity, "SAMPLE", 7)
     layer = torch.nn.Linear(2**13, 2**12 + 1, bias=False).requires_grad_(False)
     assert layer.weight.numel() > 2**24
-    first = fingerprint(layer)
-    assert fingerprint(layer) == first
+    parts = Parts(layer, None, layer)
+    first = fingerprint(parts)
+    assert fingerprint(parts) == first
     layer.weight[-1, -1] += 1
-    assert fingerprint(layer) != first
+    assert fingerprint(parts) != first
 
 
 def test_a_vocabulary_that_was_resized_is_told(world) -> None:
