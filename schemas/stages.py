@@ -75,7 +75,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
@@ -145,6 +145,7 @@ class MergeSpec(Spec):
 
     STAGE: ClassVar[str] = "merge"
     VERSION: ClassVar[int] = 2
+    UNKEYED: ClassVar[tuple[str, ...]] = ("finish.turbo",)
 
     finish: Finish
 
@@ -156,7 +157,7 @@ class TurboSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "turbo"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("turbo.checkpoint_every_s",)
 

@@ -195,7 +195,11 @@ def logged_model(client: MlflowClient, experiment_id: str, run_id: str, package:
             python_model=str(SERVED_MODEL),
             artifacts={"package": str(package.directory)},
             pip_requirements=package.requirements,
-            signature=signature(package.task, package.serving["max_new_tokens"]),
+            signature=signature(
+                package.task,
+                package.serving["max_new_tokens"],
+                turbo=(package.directory / "heads").is_dir(),
+            ),
             input_example=package.example,
             tags={KEY: package.key},
             metadata={"task": package.task, "base": package.serving["base"], "key": package.key},
@@ -203,16 +207,19 @@ def logged_model(client: MlflowClient, experiment_id: str, run_id: str, package:
     return str(info.model_uri)
 
 
-def signature(task: str, max_new_tokens: int) -> Any:
+def signature(task: str, max_new_tokens: int, *, turbo: bool = False) -> Any:
     """One unnamed column in, so that a list and a one-column frame both fit: texts, or the bytes
-    of images."""
+    of images. turbo: whether there are heads, which a caller may leave out."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     inputs = Schema([ColSpec("binary" if reads_images(task) else "string")])
     if not is_labelled(task):
-        params = ParamSchema([ParamSpec("max_new_tokens", "long", max_new_tokens)])
-        return ModelSignature(inputs, Schema([ColSpec("string", "completion")]), params)
+        params = [ParamSpec("max_new_tokens", "long", max_new_tokens)]
+        if turbo:
+            params.append(ParamSpec("turbo", "boolean", True))
+        answer = Schema([ColSpec("string", "completion")])
+        return ModelSignature(inputs, answer, ParamSchema(params))
     if task == "token-classification":
         return ModelSignature(inputs, Schema([ColSpec("string", "spans")]))
     return ModelSignature(inputs, Schema([ColSpec("string", "label"), ColSpec("double", "score")]))

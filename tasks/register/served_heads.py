@@ -23,7 +23,8 @@ def writer_with_heads(package: Path, model: Any, tokenizer: Any) -> Any:
     wanted = heads.config.made_for.get("tokenizer")
     if wanted not in (None, speculate.identity.tokenizer_fingerprint(tokenizer)):
         raise RuntimeError(
-            f"{package / 'heads'} were trained with another tokenizer than the one beside them"
+            f"{package / 'heads'} were trained with another tokenizer than the one beside "
+            "them, so its tokens are others; take the version as it was registered"
         )
     return speculate.decode.Writer(speculate.parts.parts_of(model), heads, lookup=True)
 

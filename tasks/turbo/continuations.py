@@ -59,7 +59,7 @@ def choose_prompts(rows: TokenRows, turbo: Turbo, longest: int) -> Prompts:
         raise UserError.at(
             "finish.turbo",
             "no train row's prompt leaves room to write in the base's context",
-            "give train rows with shorter prompts",
+            "give train rows with shorter prompts, or lower evaluate.max_new_tokens",
         )
     random = np.random.default_rng(turbo.seed)
     order = random.permutation(len(fitting))[: turbo.prompts]
@@ -78,14 +78,13 @@ def write(
     """Write the shards of all prompts that are not there yet. Returns how many there are."""
     writer = Writer(parts)
     shards = list(states.shards_of(len(prompts.tokens), SHARD))
-    done = sum(states.shard_path(directory, number).exists() for number, _ in shards)
-    with bar("continue", len(shards) * SHARD, "prompts", done=done * SHARD) as progress:
-        for number, part in shards:
-            if states.shard_path(directory, number).exists():
-                continue
+    missing = [one for one in shards if not states.is_whole(directory, one[0])]
+    done = len(prompts.tokens) - sum(part.stop - part.start for _, part in missing)
+    with bar("continue", len(prompts.tokens), "prompts", done=done) as progress:
+        for number, part in missing:
             texts = continued(prompts, part, writer, stops, max_new_tokens, turbo, number)
             states.save(texts, directory, number)
-            progress.advance(SHARD)
+            progress.advance(part.stop - part.start)
     return len(shards)
 
 
@@ -125,7 +124,7 @@ def thoughts(parts: Parts, prompts: Sequence[list[int]], answers: Sequence[list[
     for index, row in enumerate(rows):
         ids_BT[index, : len(row)] = torch.tensor(row)
     # Padding is behind, where causal attention never looks.
-    hidden_BTD = parts.layers(input_ids=ids_BT.to(parts.device), use_cache=False)[0].cpu()
+    hidden_BTD = parts.read(ids_BT.to(parts.device)).cpu()
     found = [
         hidden_BTD[index, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))

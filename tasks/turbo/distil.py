@@ -5,6 +5,7 @@ Shapes: T positions of a step, K heads, D hidden width, S width of the state.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -90,9 +91,9 @@ def distil(
                 group["lr"] = rate
             with_state = not without_state(turbo, state.step)
             loss = heads_loss(heads, parts, texts, turbo, with_state)
-            if not torch.isfinite(loss):
+            if not math.isfinite(nats := loss.item()):
                 raise StageError(
-                    f"the heads' loss is {float(loss)} at step {state.step + 1}; lower "
+                    f"the heads' loss is {nats} at step {state.step + 1}; lower "
                     "finish.turbo.learning_rate"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
@@ -106,14 +107,14 @@ def distil(
                 CurvePoint(
                     step=state.step,
                     epoch=state.step / plan.steps_per_epoch,
-                    loss=float(loss),
+                    loss=nats,
                     learning_rate=rate,
                     grad_norm=float(norm),
                     tokens=state.tokens,
                     step_time_s=time.perf_counter() - started,
                 )
             )
-            progress.advance(loss=float(loss))
+            progress.advance(loss=nats)
             due = time.monotonic() - saved >= turbo.checkpoint_every_s
             if due and state.step < steps:
                 checkpoints.save(state, weights, optimizer, Nothing())
@@ -134,7 +135,7 @@ def heads_loss(
     device = parts.device
     x_TD, tokens_T = texts.states_TD.to(device), texts.tokens_T.to(device).long()
     left_T = left(texts).to(device)
-    h_KTD = foreseen(heads, parts, x_TD, tokens_T, left_T, with_state)
+    h_KTD = foreseen(heads, parts, x_TD, tokens_T, with_state)
     weights_K = [turbo.decay**k for k in range(heads.config.heads)]
     total = sum(weight * int((left_T >= k).sum()) for k, weight in enumerate(weights_K, start=1))
     loss: torch.Tensor = HeadsLoss.apply(  # type: ignore[no-untyped-call]
@@ -162,7 +163,6 @@ def foreseen(
     parts: Parts,
     x_TD: torch.Tensor,
     tokens_T: torch.Tensor,
-    left_T: torch.Tensor,
     with_state: bool,
 ) -> torch.Tensor:
     """What each head would have the lm_head read at each position, [K, T, D] in float32; with the
@@ -184,19 +184,19 @@ def foreseen(
 
 
 @torch.inference_mode()
-def agreement(heads: TurboHeads, parts: Parts, texts: Texts) -> Agreement:
-    """How often each head is right (see `Agreement`)."""
-    x_TD, tokens_T = texts.states_TD.to(parts.device), texts.tokens_T.to(parts.device).long()
-    left_T = left(texts).to(parts.device)
-    own_T = parts.lm_head(x_TD).argmax(-1)
-    found = []
-    for with_state in (False, True):
-        h_KTD = foreseen(heads, parts, x_TD, tokens_T, left_T, with_state)
-        shares = []
-        for k in range(1, heads.config.heads + 1):
-            told = left_T[: len(left_T) - k] >= k
-            guess_T = parts.lm_head(h_KTD[k - 1].to(x_TD.dtype)).argmax(-1)
-            right = guess_T[: len(guess_T) - k] == own_T[k:]
-            shares.append(float(right[told].float().mean()) if bool(told.any()) else 0.0)
-        found.append(shares)
-    return Agreement(*found)
+def agreement(heads: TurboHeads, parts: Parts, states: States, chosen: np.ndarray) -> Agreement:
+    """How often each head is right (see `Agreement`) on the chosen texts; one after another, since
+    all their logits together are many."""
+    count = heads.config.heads
+    right, told = np.zeros((2, count)), np.zeros(count)
+    for index in chosen:
+        texts = states.texts(np.array([index]))
+        x_TD, tokens_T = texts.states_TD.to(parts.device), texts.tokens_T.to(parts.device).long()
+        own_T = parts.lm_head(x_TD).argmax(-1)
+        for with_state in (False, True):
+            h_KTD = foreseen(heads, parts, x_TD, tokens_T, with_state)
+            for k in range(1, min(count, len(own_T) - 1) + 1):
+                guess_T = parts.lm_head(h_KTD[k - 1, :-k].to(x_TD.dtype)).argmax(-1)
+                right[int(with_state), k - 1] += int((guess_T == own_T[k:]).sum())
+        told += [max(len(own_T) - k, 0) for k in range(1, count + 1)]
+    return Agreement(*(right / np.maximum(told, 1)).tolist())

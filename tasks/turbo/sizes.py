@@ -29,8 +29,9 @@ def sized(turbo: Turbo, hidden_size: int, vocab_size: int) -> HeadsConfig:
     budget = config(0, 0).medusa_parameters / SHARE
     state = turbo.state
     if state is None:
-        taken = 0 if turbo.rank is None else config(turbo.rank, 0).parameters
-        share = budget * STATE_SHARE if turbo.rank is None else budget - taken
+        # No more than leaves each head a rank of 1.
+        least = budget - config(turbo.rank or 1, 0).parameters
+        share = min(budget * STATE_SHARE, least) if turbo.rank is None else least
         fitting = (
             width
             for width in range(WIDEST_STATE, -1, -8)
@@ -47,6 +48,8 @@ def sized(turbo: Turbo, hidden_size: int, vocab_size: int) -> HeadsConfig:
             "finish.turbo",
             f"{turbo.heads} heads of rank {found.rank} and a state of {state} have "
             f"{found.parameters:,} parameters, and a twentieth of Medusa-1's are {int(budget):,}",
-            "leave `rank` and `state` out, or choose smaller ones",
+            "leave `rank` and `state` out, or choose smaller ones"
+            if config(1, 0).parameters <= budget
+            else "leave `turbo` out: this base is too small for heads",
         )
     return found

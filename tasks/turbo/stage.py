@@ -21,13 +21,15 @@ from tasks.core.progress import say, warn
 from tasks.core.stops import stop_ids
 from tasks.core.store import SCRATCH
 from tasks.core.tokens import TokenRows
+from tasks.speculate.decode import Writer
 from tasks.speculate.heads import WEIGHTS, TurboHeads
 from tasks.speculate.identity import fingerprint, tokenizer_fingerprint
 from tasks.speculate.parts import NotSpeculableError, Parts, parts_of
+from tasks.speculate.trial import require_exact
 from tasks.turbo import continuations
 from tasks.turbo.distil import agreement, distil
 from tasks.turbo.sizes import sized
-from tasks.turbo.states import States
+from tasks.turbo.states import States, begun_with
 
 TOKENS = "tokens/train.safetensors"
 #: Share of the texts that are not learned, to say how often the heads are right.
@@ -42,7 +44,12 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         StageError: the heads learned nothing.
     """
     rows = TokenRows.load(paths["prepared"] / TOKENS)
-    checkpoints = Checkpoints(out_dir / SCRATCH, identity(spec, paths))
+    whose = identity(spec, paths)
+    directory = out_dir / SCRATCH / f"states-{whose[:12]}"
+    if (begun := begun_with(directory)) is not None and begun != torch.get_num_threads():
+        warn(f"the model's texts were begun with {begun} threads, with which it goes on")
+        torch.set_num_threads(begun)
+    checkpoints = Checkpoints(out_dir / SCRATCH, whose)
     runtime.seed_everything(spec.turbo.seed)
     torch.set_num_threads(checkpoints.threads)
     model: Any = load_trained(
@@ -55,7 +62,6 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
     prompts = continuations.choose_prompts(rows, spec.turbo, longest)
     prompts = bounded(prompts, spec, parts)
 
-    directory = out_dir / SCRATCH / "states"
     stops = stop_ids(model, tokenizer, rows)
     shards = continuations.write(prompts, parts, stops, spec.max_new_tokens, spec.turbo, directory)
     states = States(directory, shards)
@@ -67,7 +73,7 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
             f"the model writes something after {len(written)} of {len(states)} prompts alone",
             "give more train rows, or more `prompts`",
         )
-    made_for = {"model": fingerprint(parts.model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    made_for = {"model": fingerprint(parts), "tokenizer": tokenizer_fingerprint(tokenizer)}
     heads = TurboHeads(replace(config, made_for=made_for), spec.turbo.seed).to(parts.device)
     parameters, medusa = config.parameters, config.medusa_parameters
     say(
@@ -76,9 +82,12 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
         f"{len(written):,} texts, {int(states.lengths.sum()):,} tokens that the model wrote"
     )
     state = distil(heads, parts, states, written[:-held], spec.turbo, checkpoints)
-    ahead = agreement(heads, parts, states.texts(written[-held:]))
+    ahead = agreement(heads, parts, states, written[-held:])
     if max(ahead.alone + ahead.followed) == 0:
-        raise StageError("the heads are never right on texts that they have not learned")
+        raise StageError(
+            "the heads are never right on texts that they have not learned; give more `prompts` "
+            "or `epochs`, or take finish.turbo out where answers are a token or two"
+        )
     target = out_dir / "heads"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -109,7 +118,9 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
 def speculable(model: Any) -> Parts:
     """The parts of a model. Raises a UserError for one whose drafts cannot be verified."""
     try:
-        return parts_of(model)
+        parts = parts_of(model)
+        require_exact(Writer(parts))
+        return parts
     except NotSpeculableError as error:
         raise UserError.at(
             "finish.turbo", str(error), "remove `turbo`, or choose another base or candidate"
