@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.calls import Calls
-from flows.cost import Costs, costs
+from flows.cost import Costs, costs, maker
 from flows.home import Home
 from flows.hub import offline
 from flows.plan import Found, planned
@@ -46,8 +46,9 @@ def plan_recipe(
     """What each candidate would cost, and the steps. A base given by its shape has no steps."""
     recipe = load_recipe(recipe_path, overrides)
     home.open()
-    if recipe.base.shape is not None:
-        return Planned([], {}, costs(recipe, None, home, device))
-    calls = Calls(recipe, recipe_path, home)
-    steps, later = planned(calls)
-    return Planned(steps, later, costs(recipe, calls, home, device))
+    with maker(recipe, home) as make:
+        if recipe.base.shape is not None:
+            return Planned([], {}, costs(recipe, None, home, device, make))
+        calls = Calls(recipe, recipe_path, home)
+        steps, later = planned(calls)
+        return Planned(steps, later, costs(recipe, calls, home, device, make))

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from flows.calls import Calls, cost_spec
-from flows.execute import ROOT, run_stage
+from flows.execute import ahead, bound, run_stage, tell_child
 from flows.home import Home
-from flows.machine import fingerprint, resolve_dtype
+from flows.machine import fingerprint, known_dtype, resolve_dtype
 from flows.remember import Memory
 from flows.search import trials_of, wants_search
 from schemas.cost import Cost, CostReport
 from schemas.errors import StageError, UserError
 from schemas.recipe import Recipe
-from schemas.stages import Call
+from schemas.stages import Call, CostSpec
 from tasks.core.files import sha256_json
-from tasks.core.store import Store
+from tasks.core.store import Entry, Store
 
 SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|TiB)\s*$", re.IGNORECASE)
 UNITS = {"mib": 1.0, "gib": 1024.0, "tib": 1024.0**2}
@@ -30,25 +32,40 @@ UNITS = {"mib": 1.0, "gib": 1024.0, "tib": 1024.0**2}
 EFFICIENCY = {"float32": 0.6, "bfloat16": 0.2}
 
 
+#: Makes the entry of a cost call.
+Make = Callable[[Call], Entry]
+
+
 @dataclass(frozen=True)
 class Costs:
     """candidates: by label. device_mib: what there is to fit into. rate: FLOP/s that training may
-    reach here; None where that is not known. trainings, flops: of all seeds and trials; None where
+    reach here. trainings, flops: of all seeds and trials; None where
     rows are not prepared."""
 
     candidates: dict[str, Cost]
     device_mib: float
     device: str
-    rate: float | None
+    rate: float
     prepared: bool
     trainings: int
     flops: float | None
 
 
-def costs(recipe: Recipe, calls: Calls | None, home: Home, device: str | None) -> Costs:
+@contextmanager
+def maker(recipe: Recipe, home: Home) -> Iterator[Make]:
+    """What makes the entry of a cost call: its own process, once it is asked. Where the machine has
+    to be asked for its dtype first the process starts at once, as the two import for as long."""
+    if known_dtype(recipe.base.dtype, home) is None:
+        with ahead(CostSpec.STAGE, home) as make:
+            yield make
+    else:
+        yield lambda call: run_stage(call, home, lambda event: None)
+
+
+def costs(recipe: Recipe, calls: Calls | None, home: Home, device: str | None, make: Make) -> Costs:
     """Each candidate's costs; from the store where they were found before.
 
-    calls: None where the recipe gives a shape in place of a base.
+    calls: None where the recipe gives a shape in place of a base. make: see `maker`.
 
     Raises:
         UserError: a device that is no size, or a candidate that cannot be built.
@@ -61,15 +78,16 @@ def costs(recipe: Recipe, calls: Calls | None, home: Home, device: str | None) -
     else:
         dtype = calls.dtype
         call = calls.cost(store.find(calls.prepare().call)).call
-    entry = store.find(call) or run_stage(call, home, lambda event: None)
+    with rate(dtype, home) as measured:
+        entry = store.find(call) or make(call)
+        speed = measured()
     found = CostReport.model_validate_json((entry.path / "plan.json").read_bytes()).candidates
-    speed = rates(home).get(dtype)
     trainings, flops = in_all(recipe, found)
     return Costs(
         found,
         size,
         device or "this machine now",
-        None if speed is None else speed * EFFICIENCY[dtype],
+        speed * EFFICIENCY[dtype],
         "prepared" in call.inputs,
         trainings,
         flops,
@@ -111,23 +129,35 @@ def in_all(recipe: Recipe, found: dict[str, Cost]) -> tuple[int, float | None]:
     return trainings, flops if known else None
 
 
-def rates(home: Home) -> dict[str, float]:
-    """`tasks.cost.calibrate`, once for each machine."""
+@contextmanager
+def rate(dtype: str, home: Home) -> Iterator[Callable[[], float]]:
+    """What says how fast this machine multiplies, FLOP/s: `tasks.cost.calibrate`, once for each
+    machine. Its process imports while others work, and measures when it is asked."""
     memory = Memory(home.cache / "machine.json")
-    key = f"products {fingerprint()} {sha256_json(os.cpu_count())[:8]}"
+    key = f"products in {dtype} {fingerprint()} {sha256_json(os.cpu_count())[:8]}"
     answer = memory.get(key)
-    if not isinstance(answer, dict):
-        child = subprocess.run(
-            [sys.executable, "-P", "-m", "tasks.cost.calibrate"],
-            env=home.environment() | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        if child.returncode != 0:
-            raise StageError(f"products cannot be timed:\n{child.stderr[-2000:]}")
-        answer = json.loads(child.stdout.splitlines()[-1])
-        memory.put(key, answer)
-    return {name: float(value) for name, value in answer.items()}
+    if isinstance(answer, float):
+        yield lambda: answer
+        return
+    command = [sys.executable, "-P", "-m", "tasks.cost.calibrate", dtype]
+    with (
+        tempfile.TemporaryFile() as errors,
+        bound(command, home.environment(), errors, subprocess.PIPE) as child,
+    ):
+
+        def measured() -> float:
+            tell_child(child, "now")
+            assert child.stdout is not None
+            words = child.stdout.read()
+            if child.wait() != 0:
+                errors.seek(0)
+                told = errors.read()[-2000:].decode(errors="replace")
+                raise StageError(f"products cannot be timed:\n{told}")
+            found = float(words)
+            memory.put(key, found)
+            return found
+
+        yield measured
 
 
 def size_mib(text: str) -> float:

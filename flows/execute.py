@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +48,62 @@ def run_stage(
         RetryableError: it could not finish now, and may later (DiskFullError: when there is room).
         StageError: it failed; the message ends with where its log is.
     """
-    log = home.logs / f"{call.stage}-{key_of(call)[:12]}.log"
+    log = log_of(call, home)
     with tempfile.NamedTemporaryFile("w", suffix=".json", dir=home.cache) as file:
         file.write(call.model_dump_json())
         file.flush()
-        # -P: a directory named `tasks` where the user stands must not be taken for ours.
-        command = [sys.executable, "-P", "-m", f"{package}.{call.stage}", file.name]
-        command += ["--store", str(home.store)]
+        command = stage_command(f"{package}.{call.stage}", file.name, home)
         environment = home.environment(offline=offline) | (slot or {}) | {"PEFTFLOW_EVENTS": "1"}
         if call.stage == TrainSpec.STAGE:
             environment |= heap.environment(environment)
         with log.open("wb") as errors, bound(command, environment, errors) as child:
             last = _relay(child, on_event)
             code = child.wait()
-    if code == 0 and last is not None and last["event"] == "entry":
-        path = Path(last["message"])
-        return Entry(path, read_manifest(path))
-    raise _failure(call, code, last, log)
+    return _made(call, code, last, log)
+
+
+@contextmanager
+def ahead(stage: str, home: Home, package: str = "tasks") -> Iterator[Callable[[Call], Entry]]:
+    """A stage whose process imports what it needs while its call is not known yet. It is told the
+    call by what this gives, which answers as `run_stage` does, once.
+
+    It ends with the block, told or not.
+    """
+    command = stage_command(f"{package}.{stage}", "-", home)
+    environment = home.environment() | {"PEFTFLOW_EVENTS": "1"}
+    with (
+        tempfile.TemporaryFile() as errors,
+        bound(command, environment, errors, stdin=subprocess.PIPE) as child,
+    ):
+
+        def tell(call: Call) -> Entry:
+            assert call.stage == stage
+            tell_child(child, call.model_dump_json())
+            last = _relay(child, lambda event: None)
+            code = child.wait()
+            errors.seek(0)
+            log = log_of(call, home)
+            log.write_bytes(errors.read())
+            return _made(call, code, last, log)
+
+        yield tell
+
+
+def tell_child(child: subprocess.Popen[bytes], words: str) -> None:
+    """Write to a child's standard input, and end it. One that has died says so by its code."""
+    assert child.stdin is not None
+    with suppress(BrokenPipeError), child.stdin as pipe:
+        pipe.write(words.encode())
+
+
+def stage_command(module: str, call: str, home: Home) -> list[str]:
+    """call: a file, or - for standard input."""
+    # -P: a directory named `tasks` where the user stands must not be taken for ours.
+    return [sys.executable, "-P", "-m", module, call, "--store", str(home.store)]
+
+
+def log_of(call: Call, home: Home) -> Path:
+    return home.logs / f"{call.stage}-{key_of(call)[:12]}.log"
 
 
 #: Stages under way, of whatever thread.
@@ -81,10 +120,10 @@ def end_all() -> None:
 
 @contextmanager
 def bound(
-    command: list[str], environment: dict[str, str], errors: Any
+    command: list[str], environment: dict[str, str], errors: Any, stdin: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A child that does not outlive this process, nor this block (`flows/bound.py`)."""
-    child = start_bound(command, environment, stdout=subprocess.PIPE, stderr=errors)
+    child = start_bound(command, environment, subprocess.PIPE, errors, stdin)
     RUNNING.add(child)
     try:
         yield child
@@ -93,19 +132,24 @@ def bound(
         if child.poll() is None:
             os.kill(child.pid, signal.SIGTERM)
             child.wait()
-        if child.stdout is not None:
-            child.stdout.close()
+        for pipe in (child.stdout, child.stdin):
+            if pipe is not None:
+                pipe.close()
 
 
 def start_bound(
-    command: list[str], environment: dict[str, str], stdout: Any, stderr: Any
+    command: list[str],
+    environment: dict[str, str],
+    stdout: Any,
+    stderr: Any,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a command that ends when this process ends. Call it from a thread that lives on."""
     path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(BOUND), str(os.getpid()), *command],
         env=environment | {"PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         process_group=0,
@@ -129,6 +173,14 @@ def _relay(child: subprocess.Popen[bytes], on_event: Callable[[Event], None]) ->
         else:
             on_event(event)
     return last
+
+
+def _made(call: Call, code: int, last: Event | None, log: Path) -> Entry:
+    """What a child has made, once it has ended."""
+    if code == 0 and last is not None and last["event"] == "entry":
+        path = Path(last["message"])
+        return Entry(path, read_manifest(path))
+    raise _failure(call, code, last, log)
 
 
 def _failure(call: Call, code: int, last: Event | None, log: Path) -> Exception:

@@ -27,21 +27,29 @@ def resolve_dtype(wanted: str, home: Home) -> Dtype:
     Torch itself gives the answer, so the two cannot differ; it is kept under what it depends on:
     the processor's features, the GPUs, torch's version, and the variables that choose a device.
     """
+    known = known_dtype(wanted, home)
+    if known is not None:
+        return known
+    environment = home.environment() | {"PYTHONPATH": str(ROOT)}
+    probe = subprocess.run(
+        [sys.executable, "-P", "-c", PROBE], env=environment, capture_output=True, text=True
+    )
+    answer = probe.stdout.strip()
+    if answer not in DTYPES:
+        raise StageError(f"torch cannot be asked for its data types:\n{probe.stderr[-2000:]}")
+    _memory(home).put(f"dtype {fingerprint()}", answer)
+    return DTYPES[answer]
+
+
+def known_dtype(wanted: str, home: Home) -> Dtype | None:
+    """The same where torch need not be asked, else None."""
     if wanted != "auto":
         return DTYPES[wanted]
-    memory = Memory(home.cache / "machine.json")
-    key = f"dtype {fingerprint()}"
-    answer = memory.get(key)
-    if answer not in DTYPES:
-        environment = home.environment() | {"PYTHONPATH": str(ROOT)}
-        probe = subprocess.run(
-            [sys.executable, "-P", "-c", PROBE], env=environment, capture_output=True, text=True
-        )
-        answer = probe.stdout.strip()
-        if answer not in DTYPES:
-            raise StageError(f"torch cannot be asked for its data types:\n{probe.stderr[-2000:]}")
-        memory.put(key, answer)
-    return DTYPES[answer]
+    return DTYPES.get(_memory(home).get(f"dtype {fingerprint()}"))
+
+
+def _memory(home: Home) -> Memory:
+    return Memory(home.cache / "machine.json")
 
 
 def gpus() -> list[str]:

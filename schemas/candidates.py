@@ -381,7 +381,6 @@ class SoftPrompt(CandidateBase):
     MERGES: ClassVar[bool] = False
     CHANGES: ClassVar[frozenset[str]] = frozenset({"what stands before a row"})
     LAYER: ClassVar[int] = 4
-    HEADLESS: ClassVar[str] = "has virtual tokens before each row, which no pass of a draft writes"
 
     virtual_tokens: int = Field(
         20, ge=1, description="Tokens in front of every row. They count towards its length."

@@ -145,6 +145,7 @@ class MergeSpec(Spec):
 
     STAGE: ClassVar[str] = "merge"
     VERSION: ClassVar[int] = 2
+    UNKEYED: ClassVar[tuple[str, ...]] = ("finish.turbo",)
 
     finish: Finish
 
@@ -156,7 +157,7 @@ class TurboSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "turbo"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("turbo.checkpoint_every_s",)
 

@@ -1,5 +1,7 @@
 """How every stage is started: `python -m tasks.<stage> CALL.json --store DIR`.
 
+With - for CALL.json it is read from standard input, so that a stage can import before it is called.
+
 The last line on standard output names the entry. A user's mistake exits with 2, any other
 failure with 1; with `PEFTFLOW_EVENTS=1` the error comes as one JSON event with its places.
 """
@@ -25,10 +27,12 @@ Paths = dict[str, Path]
 def main(spec_type: type[AnySpec], run: Callable[[AnySpec, Paths, Path], dict[str, Any]]) -> None:
     """The command line of one stage; `run(spec, paths, out_dir)` returns the entry's facts."""
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{Path(sys.argv[0]).parent.name}")
-    parser.add_argument("call", type=Path, help="a JSON file, see schemas.stages.Call")
+    parser.add_argument("call", help="a JSON file, or -: see schemas.stages.Call")
     parser.add_argument("--store", type=Path, required=True, help="the store's root directory")
     arguments = parser.parse_args()
-    call = Call.model_validate_json(arguments.call.read_bytes())
+    given = arguments.call
+    text = sys.stdin.buffer.read() if given == "-" else Path(given).read_bytes()
+    call = Call.model_validate_json(text)
     try:
         spec = spec_type.model_validate(call.spec)
         paths = {name: Path(path) for name, path in call.paths.items()}

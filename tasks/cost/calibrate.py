@@ -1,12 +1,13 @@
-"""How fast this machine multiplies: `python -m tasks.cost.calibrate`, one JSON line, under 1 s.
+"""How fast this machine multiplies, FLOP/s: `python -m tasks.cost.calibrate DTYPE < /dev/null`.
 
-Products of a layer's shape, 1,024 tokens, at three widths, in both dtypes; medians. FLOP/s.
+Products of a layer's shape, 1,024 tokens, at three widths; medians. They are timed when standard
+input has ended, so that a process can have imported torch before the machine is quiet.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
+import sys
 import time
 
 import torch
@@ -18,12 +19,9 @@ WIDTHS = (256, 512, 1024)
 REPEATS = 5
 
 
-def rates() -> dict[str, float]:
-    """The middle width's rate for each dtype."""
-    return {
-        name: statistics.median(rate(width, dtype) for width in WIDTHS)
-        for name, dtype in TORCH_DTYPES.items()
-    }
+def middle_rate(dtype: torch.dtype) -> float:
+    """The middle width's rate."""
+    return statistics.median(rate(width, dtype) for width in WIDTHS)
 
 
 def rate(width: int, dtype: torch.dtype) -> float:
@@ -44,4 +42,6 @@ def rate(width: int, dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(rates()))
+    wanted = TORCH_DTYPES[sys.argv[1]]
+    sys.stdin.read()
+    print(middle_rate(wanted))

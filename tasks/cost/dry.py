@@ -9,19 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from schemas.recipe import Train
 from schemas.tasks import is_packable, reads_images
 from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
 from tasks.cost.blocks import cut, plans, stacks_of
+from tasks.cost.hollow import CPU, META, Hollow
 from tasks.cost.ledger import Ledger
 from tasks.cost.rows import FullRow, Load, load_of, longest_of, sides_of
 from tasks.methods import soft
@@ -32,8 +31,6 @@ from tasks.train.batching import Batch
 from tasks.train.loss import backbone, loss_sum
 from tasks.train.pairs import batch_of
 from tasks.train.unpad import unpad
-
-CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -168,9 +165,8 @@ def _penalty(model: nn.Module, course: Course) -> tuple[float, float]:
 
 
 def without_numbers(model: nn.Module) -> None:
-    """Weights on meta become fake ones on a CPU, so that autocast and kernels take them for real;
+    """Weights on meta become hollow ones, so that autocast and kernels take them for real;
     tied ones stay tied. Of PEFT's tuners some keep tensors in plain dictionaries of a module."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Both of a pair are kept: an id is free again when its tensor is gone.
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in model.modules():
@@ -179,8 +175,8 @@ def without_numbers(model: nn.Module) -> None:
                 if not isinstance(tensor, torch.Tensor):
                     continue
                 if id(tensor) not in made:
-                    fake = four_bits.with_scales(_fake(mode, tensor), tensor, partial(_fake, mode))
-                    made[id(tensor)] = tensor, fake
+                    hollow = four_bits.with_scales(_hollow(tensor), tensor, _hollow)
+                    made[id(tensor)] = tensor, hollow
                 slots[name] = made[id(tensor)][1]
         if isinstance(module, nn.RNNBase):  # it holds its weights in a list too
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
@@ -191,12 +187,13 @@ def without_numbers(model: nn.Module) -> None:
         }
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    with mode:
-        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=CPU)
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-    return fake
+def _hollow(tensor: torch.Tensor) -> torch.Tensor:
+    hollow = Hollow(torch.empty(tensor.shape, dtype=tensor.dtype, device=META))
+    if isinstance(tensor, nn.Parameter):
+        # `nn.Parameter` itself imports distributed tensors, to ask whether this is one.
+        hollow._is_param = True
+        hollow.requires_grad_(tensor.requires_grad)
+    return hollow
 
 
 def _pass(model: nn.Module, batch: Batch, dtype: Dtype, *, accumulates: bool = False) -> Pass:

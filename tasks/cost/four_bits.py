@@ -23,8 +23,8 @@ OUTER_BLOCK = 256
 #: Levels of 4 bits, and of the 8 bits of a scale.
 LEVELS, OUTER_LEVELS = 16, 256
 META = torch.device("meta")
-#: Makes a fake of a tensor on meta.
-Fake = Callable[[torch.Tensor], torch.Tensor]
+#: Makes a hollow tensor of one on meta.
+MakeHollow = Callable[[torch.Tensor], torch.Tensor]
 
 
 def quantise(model: Any, quantisation: Quantisation, place: str) -> None:
@@ -111,15 +111,15 @@ def scales(weight: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def with_scales(fake: Any, weight: torch.Tensor, fake_of: Fake) -> Any:
-    """The fake of a packed weight, with fakes of its scales; of any other as it is."""
+def with_scales(hollow: Any, weight: torch.Tensor, hollow_of: MakeHollow) -> Any:
+    """The hollow of a packed weight, with those of its scales; of any other as it is."""
     state: Any = copy.copy(getattr(weight, "quant_state", None))
     if state is None:
-        return fake
-    state.absmax, state.code = fake_of(state.absmax), fake_of(state.code)
+        return hollow
+    state.absmax, state.code = hollow_of(state.absmax), hollow_of(state.code)
     if state.nested:
-        state.offset, state.state2 = fake_of(state.offset), copy.copy(state.state2)
-        state.state2.absmax = fake_of(state.state2.absmax)
-        state.state2.code = fake_of(state.state2.code)
-    fake.quant_state = state
-    return fake
+        state.offset, state.state2 = hollow_of(state.offset), copy.copy(state.state2)
+        state.state2.absmax = hollow_of(state.state2.absmax)
+        state.state2.code = hollow_of(state.state2.code)
+    hollow.quant_state = state
+    return hollow

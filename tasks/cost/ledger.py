@@ -1,8 +1,8 @@
 """A ledger of one pass: bytes that live, their peak, and FLOPs, from the operations themselves.
 
-Weights are fake tensors (shapes that say they are on a CPU), so nothing is computed with them,
-while index tensors are real and small, so that all that depends on the rows comes out as it would.
-What training would ask a fake number (is any probability too small?) is answered with no.
+Weights are hollow (`tasks/cost/hollow.py`), so nothing is computed with them, while index tensors
+are real and small, so that all that depends on the rows comes out as it would. What training would
+ask a number that is not there (is any probability too small?) is answered with no.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import weakref
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tasks.core.flops import flops_of, is_four_bits
 from tasks.core.quantised import BLOCK
+from tasks.cost.hollow import Hollow
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
             return func(*args)
-        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if func is aten._local_scalar_dense.default and isinstance(args[0], Hollow):
             return False if args[0].dtype == torch.bool else 0
         before = self.live
         out = func(*args, **(kwargs or {}))

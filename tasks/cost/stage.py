@@ -24,6 +24,7 @@ from tasks.cost.dry import dry_run
 from tasks.cost.larger import larger
 from tasks.cost.rows import FullRow, mean_of
 from tasks.cost.shapes import base_on_meta, candidate_on_meta, config_of
+from tasks.cost.side_by_side import side_by_side
 from tasks.methods import soft
 from tasks.methods.method import count_parameters, head_parameters, trained
 from tasks.methods.table import method_for, methods_of
@@ -45,18 +46,30 @@ def run(spec: CostSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]
     torch.set_num_threads(1)
     base = base_on_meta(config, spec.task, spec.dtype)
     full = full_row(spec, base)
-    problems: list[Problem] = []
-    found: dict[str, Cost] = {}
-    for index, candidate in enumerate(spec.candidates):
-        try:
-            found[candidate.label] = cost(spec, config, candidate, prepared, base, full)
-        except UserError as error:
-            problems += [placed(problem, index) for problem in error.problems]
+    answers = side_by_side(
+        [
+            partial(cost_or_problems, index, spec, config, candidate, prepared, base, full)
+            for index, candidate in enumerate(spec.candidates)
+        ]
+    )
+    problems = [problem for answer in answers if isinstance(answer, list) for problem in answer]
     if problems:
         raise UserError(problems)
+    labels_of = [candidate.label for candidate in spec.candidates]
+    found = dict(zip(labels_of, answers, strict=True))
     record = CostReport(total_parameters=count_parameters(base), candidates=found)
     (out_dir / FILE).write_text(record.model_dump_json(indent=1))
     return record.model_dump(mode="json")
+
+
+def cost_or_problems(
+    index: int, spec: CostSpec, config: Any, candidate: Candidate, *of: Any
+) -> Cost | list[Problem]:
+    """`cost`, or what is wrong with the candidate at that place of the recipe."""
+    try:
+        return cost(spec, config, candidate, *of)
+    except UserError as error:
+        return [placed(problem, index) for problem in error.problems]
 
 
 def cost(

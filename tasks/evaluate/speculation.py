@@ -26,6 +26,7 @@ from tasks.core.tokens import TokenRows
 from tasks.evaluate.batches import left_padded, pad_id_of
 from tasks.evaluate.latency import median_ratio, quiet
 from tasks.evaluate.subject import Subject
+from tasks.methods import soft
 from tasks.speculate.decode import Account, Writer
 from tasks.speculate.heads import WEIGHTS, TurboHeads
 from tasks.speculate.parts import parts_of
@@ -156,6 +157,10 @@ def generated(
     model: Any, prompts: list[list[int]], stops: frozenset[int], longest: int
 ) -> tuple[list[list[int]], None]:
     """transformers' own greedy answers, their stop token included."""
+    if len(prompts) > 1 and soft.virtual_tokens(model):
+        # PEFT counts positions from the padding on, so that a batch of these is wrong.
+        alone = [generated(model, [prompt], stops, longest)[0] for prompt in prompts]
+        return [answer for (answer,) in alone], None
     pad_id = pad_id_of(model)
     batch = left_padded(prompts, pad_id)  # type: ignore[arg-type]
     device = next(model.parameters()).device

@@ -137,7 +137,7 @@ class Writer:
         rows = [
             Row(
                 index,
-                len(prompt),
+                self.parts.virtual + len(prompt),
                 self._room(len(prompt), max_new_tokens),
                 lookup=Lookup(list(prompt)) if self.lookup else None,
             )
@@ -183,7 +183,7 @@ class Writer:
     @torch.inference_mode()
     def read_tree(self, prompts: Sequence[Sequence[int]], tree: Tree) -> torch.Tensor:
         """x_BND of each node of a tree behind each prompt: one pass, by itself."""
-        rows = [Row(row, len(prompt), 0) for row, prompt in enumerate(prompts)]
+        rows = [Row(row, self.parts.virtual + len(prompt), 0) for row, prompt in enumerate(prompts)]
         cache = self._cache(rows)
         self._read(cache, prompts)
         return self._verify(cache, [row.length for row in rows], tree, tree.ancestors())
@@ -191,22 +191,27 @@ class Writer:
     def _cache(self, rows: list[Row]) -> SlotCache:
         capacity = max(row.length + row.room for row in rows) + WIDTHS[-1]
         weight = self.parts.embed(torch.zeros(1, dtype=torch.long, device=self.parts.device))
-        return SlotCache(self.parts.config, len(rows), capacity, weight.dtype, weight.device)
+        cache = SlotCache(self.parts.config, len(rows), capacity, weight.dtype, weight.device)
+        for layer, parts in enumerate(self.parts.before):
+            for part, own in zip(parts, cache.kv[:, layer], strict=True):
+                own[:, :, : self.parts.virtual] = part
+        return cache
 
     def _read(self, cache: SlotCache, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Fill the cache with the prompts; x_BD at each one's last token."""
-        device, longest = self.parts.device, max(map(len, prompts))
+        device, longest, virtual = self.parts.device, max(map(len, prompts)), self.parts.virtual
         # Filled up behind: a later pass writes over it, and nothing before it sees it.
         ids_BT = torch.zeros((len(prompts), longest), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids_BT[row, : len(prompt)] = torch.tensor(prompt)
-        cache.place([0] * len(prompts), longest)
-        seen_TT = torch.ones((longest, longest), dtype=torch.bool, device=device).tril()
+        cache.place([virtual] * len(prompts), longest)
+        seen_TW = torch.ones((longest, virtual + longest), dtype=torch.bool, device=device)
+        seen_TW = seen_TW.tril(virtual)
         hidden_BTD = self._layers(
             cache,
             ids_BT.to(device),
-            torch.arange(longest, device=device).expand(len(prompts), -1),
-            seen_TT.expand(len(prompts), 1, -1, -1),
+            torch.arange(virtual, virtual + longest, device=device).expand(len(prompts), -1),
+            seen_TW.expand(len(prompts), 1, -1, -1),
         )
         last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         return hidden_BTD[torch.arange(len(prompts), device=device), last_B]
@@ -309,7 +314,8 @@ class Writer:
         positions_BN = tree.depth_BN + first_B1
         if self.parts.longest is not None:
             # A draft behind the last position is never kept.
-            positions_BN = positions_BN.clamp(max=self.parts.longest - 1)
+            last = self.parts.virtual + self.parts.longest - 1
+            positions_BN = positions_BN.clamp(max=last)
         return self._layers(cache, tree.tokens_BN, positions_BN, seen_BNW[:, None])
 
     def _layers(

@@ -18,6 +18,7 @@ Shapes: K heads, R rank, D hidden width, S width of the state, V vocabulary, N r
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ class TurboHeads(nn.Module):
         low_KNR = x_ND @ self.down_KRD.transpose(1, 2)
         high_KND = torch.baddbmm(self.bias_KD[:, None], low_KNR, self.up_KDR.transpose(1, 2))
         return F.silu(high_KND) + x_ND
+
+    def logits(
+        self, x_ND: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], count: int
+    ) -> torch.Tensor:
+        """[K, N, V] of the first `count` heads, before the state's part."""
+        return lm_head(self.ahead(x_ND)[:count])
 
     def begin(self, x_ND: torch.Tensor) -> torch.Tensor:
         """A_h x, [N, S]: the part of the state that stays the same for all drafts of a row."""

@@ -14,17 +14,23 @@ from typing import Any
 import torch
 
 from .heads import HeadsConfig, HeadsError
+from .parts import Parts
 
 #: Values of each tensor that are hashed, evenly spread: a model that was trained on differs in
 #: nearly all, and reading whole weights would take as long as loading them.
 SAMPLE = 257
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(parts: Parts) -> str:
     """SHA-256 of name, shape, dtype and a sample of the values of every tensor of a model, of its
-    adapters those that act, by whatever name they were loaded."""
+    adapters those that act, by whatever name they were loaded, and of a soft prompt."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_acting(model)):
+    before = {
+        f"{kind} {layer} of virtual tokens": tensor
+        for layer, both in enumerate(parts.before)
+        for kind, tensor in zip(("keys", "values"), both, strict=True)
+    }
+    for name, tensor in sorted([*_acting(parts.model), *before.items()], key=lambda one: one[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().flatten()
         if (last := flat.numel() - 1) >= SAMPLE:
@@ -64,7 +70,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def require_same(config: HeadsConfig, parts: Any) -> None:
+def require_same(config: HeadsConfig, parts: Parts) -> None:
     """Raise a HeadsError for heads of another shape, or of another model."""
     embedded, width = parts.model.get_output_embeddings().weight.shape
     if (config.vocab_size, config.hidden_size) != (embedded, width):
@@ -74,7 +80,7 @@ def require_same(config: HeadsConfig, parts: Any) -> None:
             "is another base; train heads for it"
         )
     wanted = config.made_for.get("model")
-    if wanted is not None and (found := fingerprint(parts.model)) != wanted:
+    if wanted is not None and (found := fingerprint(parts)) != wanted:
         raise HeadsError(
             f"the heads were trained for another model ({wanted[:12]}, and this one is "
             f"{found[:12]}): another base, another adapter in its layers, or another dtype; load "
@@ -89,7 +95,7 @@ class Guard:
     weight replaced or written to, an adapter switched, merged or turned off.
     """
 
-    def __init__(self, config: HeadsConfig, parts: Any) -> None:
+    def __init__(self, config: HeadsConfig, parts: Parts) -> None:
         require_same(config, parts)
         self.config, self.parts = config, parts
         self.seen = _touched(parts.model)
@@ -97,14 +103,19 @@ class Guard:
     def require(self) -> None:
         """Raise a HeadsError where it is another model by now."""
         now = _touched(self.parts.model)
+        replaced = self.parts.model.get_output_embeddings() is not self.parts.lm_head
         # By identity: what is seen is held, so that no other tensor can take its address.
-        if len(now) == len(self.seen) and all(
-            one is other and version == before
-            for (one, version), (other, before) in zip(now, self.seen, strict=True)
+        if (
+            not replaced
+            and len(now) == len(self.seen)
+            and all(
+                one is other and mark == before
+                for (one, mark), (other, before) in zip(now, self.seen, strict=True)
+            )
         ):
             return
         require_same(self.config, self.parts)
-        if self.parts.model.get_output_embeddings() is not self.parts.lm_head:
+        if replaced:
             raise HeadsError(
                 "the model's lm_head was replaced since (its vocabulary was resized, or weights "
                 "were tied anew): take the model apart again, and make a new Writer"
@@ -118,7 +129,9 @@ def _touched(model: Any) -> list[tuple[Any, Any]]:
     for module in model.modules():
         for tensor in module._parameters.values():
             if tensor is not None:
-                found.append((tensor, None if tensor.is_inference() else tensor._version))
+                # Written to in place, or, as resizing does, given other data by the same name.
+                version = None if tensor.is_inference() else tensor._version
+                found.append((tensor, (version, tensor.data_ptr(), tensor.shape)))
         if (switched := _switched(module)) is not None:
             found.append((module, switched))
     return found

@@ -6,24 +6,33 @@ drafts go through the same lm_head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
 
 
 class NotSpeculableError(ValueError):
     """A model of which drafts cannot be verified exactly, with the reason."""
 
 
+#: Keys and values of virtual tokens, [1, H, V, E] each, layer by layer.
+Before = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
 @dataclass(frozen=True)
 class Parts:
-    """model: the whole, with its adapters inside. layers: gives x. lm_head: logits of x."""
+    """model: the whole, with its adapters inside. layers: gives x. lm_head: logits of x.
+
+    before: of a soft prompt, the keys and values of its virtual tokens in each layer.
+    """
 
     model: Any
     layers: Any
     lm_head: nn.Module
+    before: Before = ()
 
     @property
     def config(self) -> Any:
@@ -45,25 +54,40 @@ class Parts:
 
     @property
     def longest(self) -> int | None:
-        """Positions that the model knows, or None where it says nothing."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """Positions that the model has for a row, or None where it says nothing."""
+        known = getattr(self.config, "max_position_embeddings", None)
+        return None if known is None else known - self.virtual
+
+    @property
+    def virtual(self) -> int:
+        """Virtual tokens before each row."""
+        return self.before[0][0].shape[2] if self.before else 0
+
+    def read(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """x_BTD of rows of one length, or filled up behind, by a plain pass of the model."""
+        cache = None
+        if self.before:
+            rows = len(ids_BT)
+            cache = DynamicCache(
+                [tuple(part.expand(rows, -1, -1, -1) for part in layer) for layer in self.before]
+            )
+        hidden: torch.Tensor = self.layers(
+            input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None
+        )[0]
+        return hidden
 
 
 @torch.inference_mode()
 def parts_of(model: Any) -> Parts:
-    """The parts of a causal language model, plain or with PEFT adapters in its layers.
+    """The parts of a causal language model, plain or with PEFT adapters in its layers or a soft
+    prompt before its rows.
 
     Raises:
         NotSpeculableError: no decoder, an attention window or a state of another kind than keys
-            and values of all tokens, virtual tokens, or an lm_head that is not all there is
-            between x and the logits.
+            and values of all tokens, or an lm_head that is not all there is between x and the
+            logits.
     """
-    peft_config = getattr(model, "active_peft_config", None)
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise NotSpeculableError(
-            "a soft prompt stands before every row, which the draft's passes do not write; train "
-            "heads on a candidate whose adapters are in the layers"
-        )
+    whole = model
     model = getattr(model, "get_base_model", lambda: model)()
     if getattr(model.config, "is_encoder_decoder", False):
         raise NotSpeculableError("an encoder with a decoder: heads are for causal models")
@@ -90,7 +114,21 @@ def parts_of(model: Any) -> Parts:
         raise NotSpeculableError("the lm_head is quantised, and heads need its rows as numbers")
     require_causal(parts)
     require_plain_head(parts)
+    if getattr(getattr(whole, "active_peft_config", None), "is_prompt_learning", False):
+        parts = replace(parts, before=soft_prompt(whole, parts))
     return parts
+
+
+def soft_prompt(model: Any, parts: Parts) -> Before:
+    """Keys and values of a soft prompt's virtual tokens, which all rows share: a prefix's as they
+    were learned, those of prompt embeddings by one pass."""
+    prompt = model.get_prompt(1)
+    if not isinstance(prompt, Cache):
+        cache = DynamicCache()
+        embeds_1VH = prompt.to(parts.model.get_input_embeddings().weight.dtype)
+        parts.layers(inputs_embeds=embeds_1VH, past_key_values=cache, use_cache=True)
+        prompt = cache
+    return tuple((layer.keys, layer.values) for layer in prompt.layers)
 
 
 def require_causal(parts: Parts) -> None:

@@ -80,7 +80,7 @@ def draft(
     x_BD: what the lm_head read where it gave the root. depth: heads that are used; None: all.
     """
     rows, count = len(x_BD), min(depth or heads.config.heads, heads.config.heads)
-    logits_KBV = lm_head(heads.ahead(x_BD)[:count]).float()
+    logits_KBV = heads.logits(x_BD, lm_head, count).float()
     total_KB1 = logits_KBV.logsumexp(-1, keepdim=True)
     best_KBM, ids_KBM = logits_KBV.topk(min(CANDIDATES, logits_KBV.shape[-1]), dim=-1)
     stateful = heads.config.state > 0

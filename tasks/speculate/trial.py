@@ -60,5 +60,4 @@ PATHS = ((0,), (0, 1), (0, 2), (0, 2, 3))
 
 def _last(writer: Writer, tokens: list[int]) -> torch.Tensor:
     ids_1T = torch.tensor([tokens], device=writer.parts.device)
-    hidden: torch.Tensor = writer.parts.layers(input_ids=ids_1T, use_cache=False)[0]
-    return hidden[0, -1]
+    return writer.parts.read(ids_1T)[0, -1]

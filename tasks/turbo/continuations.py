@@ -124,7 +124,7 @@ def thoughts(parts: Parts, prompts: Sequence[list[int]], answers: Sequence[list[
     for index, row in enumerate(rows):
         ids_BT[index, : len(row)] = torch.tensor(row)
     # Padding is behind, where causal attention never looks.
-    hidden_BTD = parts.layers(input_ids=ids_BT.to(parts.device), use_cache=False)[0].cpu()
+    hidden_BTD = parts.read(ids_BT.to(parts.device)).cpu()
     found = [
         hidden_BTD[index, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))

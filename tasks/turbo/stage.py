@@ -21,9 +21,11 @@ from tasks.core.progress import say, warn
 from tasks.core.stops import stop_ids
 from tasks.core.store import SCRATCH
 from tasks.core.tokens import TokenRows
+from tasks.speculate.decode import Writer
 from tasks.speculate.heads import WEIGHTS, TurboHeads
 from tasks.speculate.identity import fingerprint, tokenizer_fingerprint
 from tasks.speculate.parts import NotSpeculableError, Parts, parts_of
+from tasks.speculate.trial import require_exact
 from tasks.turbo import continuations
 from tasks.turbo.distil import agreement, distil
 from tasks.turbo.sizes import sized
@@ -71,7 +73,7 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
             f"the model writes something after {len(written)} of {len(states)} prompts alone",
             "give more train rows, or more `prompts`",
         )
-    made_for = {"model": fingerprint(parts.model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    made_for = {"model": fingerprint(parts), "tokenizer": tokenizer_fingerprint(tokenizer)}
     heads = TurboHeads(replace(config, made_for=made_for), spec.turbo.seed).to(parts.device)
     parameters, medusa = config.parameters, config.medusa_parameters
     say(
@@ -116,7 +118,9 @@ def run(spec: TurboSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
 def speculable(model: Any) -> Parts:
     """The parts of a model. Raises a UserError for one whose drafts cannot be verified."""
     try:
-        return parts_of(model)
+        parts = parts_of(model)
+        require_exact(Writer(parts))
+        return parts
     except NotSpeculableError as error:
         raise UserError.at(
             "finish.turbo", str(error), "remove `turbo`, or choose another base or candidate"

@@ -1,10 +1,10 @@
 """What the teacher wrote and thought, on disk: every epoch reads it, and the model runs once.
 
-    scratch/states/00007.safetensors     the texts of a few prompts, end to end
+    scratch/states-<spec>/00007.safetensors     the texts of a few prompts, end to end
         states   [T, D]   what the lm_head read where each token was written, in the model's dtype
         tokens   int32 [T]     the token that was written there
         offsets  int64 [N + 1] text i is states[offsets[i]:offsets[i + 1]]
-        sha256   of the tensors, and threads: with which they were computed (metadata)
+        written  sha256 of the tensors, and threads: with which they were computed (metadata)
 
 A shard is written beside its place, synced and renamed, so that a killed stage goes on behind the
 last; one that a disk has damaged since is told by its hash and written again. They are
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tasks.core.files import fsync_path
+from tasks.core.files import canonical_json, fsync_path
 from tasks.core.progress import warn
+
+WRITTEN = "written"
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,6 @@ class Texts:
     states_TD: torch.Tensor
     tokens_T: torch.Tensor
     offsets: torch.Tensor
-
-
-#: The entry of a shard's metadata that says how it was made.
-MADE = "made"
 
 
 def shard_path(directory: Path, number: int) -> Path:
@@ -56,9 +55,9 @@ def save(texts: Texts, directory: Path, number: int) -> None:
     work = directory / f".unfinished-{os.getpid()}"
     tensors = {"states": texts.states_TD, "tokens": texts.tokens_T, "offsets": texts.offsets}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    made = {"sha256": digest(tensors), "threads": torch.get_num_threads()}
-    # One entry: safetensors writes several in an order that differs each time.
-    save_file(tensors, work, {MADE: json.dumps(made)})
+    written = {"sha256": digest(tensors), "threads": torch.get_num_threads()}
+    # One entry: safetensors writes several in no fixed order.
+    save_file(tensors, work, {WRITTEN: canonical_json(written)})
     fsync_path(work)
     os.replace(work, shard_path(directory, number))
     fsync_path(directory)
@@ -81,22 +80,28 @@ def is_whole(directory: Path, number: int) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if digest(tensors) == json.loads(file.metadata()[MADE])["sha256"]:
+            if digest(tensors) == written(file)["sha256"]:
                 return True
             problem = "its hash differs"
-    except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         problem = f"{type(error).__name__}: {error}"
     warn(f"{path} is damaged ({problem}); its texts are written again")
     path.unlink()
     return False
 
 
+def written(file: Any) -> dict[str, Any]:
+    """What a shard says of itself."""
+    found: dict[str, Any] = json.loads(file.metadata()[WRITTEN])
+    return found
+
+
 def begun_with(directory: Path) -> int | None:
     """Threads with which the first shard was computed, on which its sums depend."""
     try:
         with safe_open(shard_path(directory, 0), framework="pt") as file:
-            return int(json.loads(file.metadata()[MADE])["threads"])
-    except (OSError, SafetensorError, TypeError, ValueError, KeyError):
+            return int(written(file)["threads"])
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         return None
 
 

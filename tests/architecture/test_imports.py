@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ COMPUTE = (
     "evaluate",
     "merge",
     "export",
+    "turbo",
 )
 COMPUTE_BLOCKED = ["polars", "pandera", "datasets", "plotly", "jinja2", "pyarrow", "pandas"]
 SERVERS = ["prefect", "mlflow", "typer", "rich"]
@@ -94,6 +97,39 @@ def test_the_blocker_blocks_what_is_left_out_above() -> None:
     result = import_all(["tasks.register.served_model"], SERVERS)
     assert result.returncode != 0
     assert "mlflow is blocked" in result.stderr
+
+
+#: What code that travels with a version may import, beside itself and the standard library.
+TRAVELS = {"torch", "transformers", "safetensors", "numpy"}
+
+
+def test_what_travels_imports_nothing_else() -> None:
+    found = set()
+    for path in (ROOT / "tasks" / "speculate").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module).split(".")[0])
+    assert "torch" in found
+    assert found - sys.stdlib_module_names <= TRAVELS
+
+
+def test_what_travels_is_imported_where_it_was_copied_to(tmp_path: Path) -> None:
+    """Alone in another place, under another name, without this project and without PEFT."""
+    shutil.copytree(ROOT / "tasks" / "speculate", tmp_path / "elsewhere")
+    names = [path.stem for path in (tmp_path / "elsewhere").glob("*.py")]
+    inner = [f"elsewhere.{name}" for name in names if name != "__init__"]
+    assert "elsewhere.decode" in inner
+    blocked = [*SERVERS, *COMPUTE_BLOCKED, "tasks", "schemas", "flows", "pydantic"]
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", start + BLOCKER, ",".join(blocked), ",".join(inner)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("folder", ["flows", "tasks", "schemas", "tests", "benchmarks"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flows.execute import Event, run_stage
+from flows.execute import RUNNING, Event, ahead, run_stage
 from flows.home import Home
 from schemas.errors import DiskFullError, RetryableError, StageError, UserError
 from schemas.stages import Call
@@ -123,3 +123,48 @@ def test_a_directory_named_tasks_is_not_taken_for_ours(
     (tmp_path / "tasks" / "__init__.py").write_text("raise SystemExit('not ours')")
     monkeypatch.chdir(tmp_path)
     assert act(home, "makes").facts == {"rows": 3}
+
+
+def call_of(does: str) -> Call:
+    return Call(stage="act", stage_version=1, format="rows", spec={"does": does}, paths={})
+
+
+def test_a_process_that_started_ahead_makes_what_it_is_told(home: Home) -> None:
+    with ahead("act", home, package="fakes") as make:
+        entry = make(call_of("makes"))
+    assert entry.facts == {"rows": 3}
+    assert entry.path == act(home, "makes").path
+    assert not RUNNING
+
+
+@pytest.mark.parametrize(
+    ("does", "kind", "words"),
+    [
+        ("user", UserError, "second"),
+        ("bug", StageError, "a bug"),
+        ("silent", StageError, "code 7.*\n.*last words"),
+        ("killed", StageError, "SIGKILL"),
+    ],
+)
+def test_one_that_started_ahead_fails_as_others_do(
+    home: Home, does: str, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words) as caught, ahead("act", home, package="fakes") as make:
+        make(call_of(does))
+    if kind is StageError:
+        assert Path(str(caught.value).rsplit("log: ", 1)[1]).is_file()
+
+
+def test_one_that_started_ahead_ends_untold_with_its_block(home: Home) -> None:
+    with ahead("act", home, package="fakes"):
+        [child] = RUNNING
+    assert child.poll() is not None
+    assert not RUNNING
+
+
+def test_one_that_died_before_it_was_told_says_so(home: Home) -> None:
+    with ahead("nothing", home, package="fakes") as make:
+        [child] = RUNNING
+        child.wait()
+        with pytest.raises(StageError, match="log:"):
+            make(call_of("makes").model_copy(update={"stage": "nothing"}))

@@ -97,14 +97,7 @@ def test_each_bound_is_told_at_its_place(folder: Path, setting: str, place: str)
     ("candidate", "why"),
     [
         ("{method: few_shot}", "few_shot shows examples before each prompt"),
-        ("{method: prompt_tuning}", "prompt_tuning has virtual tokens before each row"),
-        ("{method: p_tuning}", "p_tuning has virtual tokens"),
-        ("{method: prefix_tuning}", "prefix_tuning has virtual tokens"),
-        ("[{method: lora}, {method: prefix_tuning}]", "prefix_tuning has virtual tokens"),
-        (
-            "{method: together, of: [{method: lora}, {method: prompt_tuning}]}",
-            "prompt_tuning has virtual tokens",
-        ),
+        ("{method: few_shot, examples: 2, choose: seed}", "few_shot shows examples"),
     ],
 )
 def test_what_has_no_heads_is_told_with_the_reason(folder: Path, candidate: str, why: str) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tasks.speculate.heads import CONFIG, WEIGHTS, HeadsConfig, HeadsError, TurboHeads
@@ -95,13 +94,6 @@ def made(kind: str, auto: Any = AutoModelForCausalLM, **shape: Any) -> Any:
 def test_refused(model: Any, reason: str) -> None:
     with pytest.raises(NotSpeculableError, match=reason):
         TurboModel(model())
-
-
-@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
-def test_soft_prompts(make: Any, config: Any) -> None:
-    model = get_peft_model(make["llama"](), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(NotSpeculableError, match="soft prompt"):
-        TurboModel(model)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,16 @@ def test_the_seed_alone_decides_prompts_and_texts(world, parts, tmp_path) -> Non
         assert sampled or first[at] == greedy[at]
 
 
+def test_what_is_sampled_differs_from_shard_to_shard(world, parts) -> None:
+    prompts = choose_prompts(world.rows, Turbo(prompts=8, sampled=1), CONTEXT - NEW_TOKENS)
+    hot, everything = Turbo(temperature=3.0), slice(0, 8)
+    one, same, other = (
+        continued(prompts, everything, Writer(parts), frozenset(), 8, hot, number)
+        for number in (0, 0, 1)
+    )
+    assert texts_of(one) == texts_of(same) != texts_of(other)
+
+
 def test_shards_hold_the_prompts_in_order_and_damage_is_written_again(
     world, parts, tmp_path, monkeypatch, capfd
 ) -> None:

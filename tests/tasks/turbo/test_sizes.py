@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -16,6 +16,8 @@ widths, vocabularies, counts = st.integers(1, 8192), st.integers(1, 300_000), st
 
 
 @given(d=widths, vocabulary=vocabularies, heads=counts)
+# A state of 8 is within its share here, and would leave the heads no rank.
+@example(d=50, vocabulary=20, heads=16)
 def test_open_sizes_keep_the_budget_and_fail_only_where_nothing_would(d, vocabulary, heads) -> None:
     least = HeadsConfig(heads, 1, 0, d, vocabulary)
     turbo = Turbo(heads=heads)

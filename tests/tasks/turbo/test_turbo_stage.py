@@ -151,12 +151,14 @@ def test_the_bare_base_has_heads_too(world, tmp_path) -> None:
     Writer(parts_of(world.model()), TurboHeads.load(tmp_path / "out" / "heads"))
 
 
-def test_a_soft_prompt_is_refused_before_anything_is_written(world, tmp_path) -> None:
+def test_heads_learn_behind_a_soft_prompt(world, tmp_path) -> None:
     config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     subject = adapter(world, tmp_path / "soft", config)
-    with pytest.raises(UserError, match=r"finish\.turbo: a soft prompt stands before every row"):
-        run(world.spec(), world.paths | {"subject": subject}, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    run(world.spec(epochs=4), world.paths | {"subject": subject}, tmp_path / "out")
+    heads = TurboHeads.load(tmp_path / "out" / "heads")
+    Writer(parts_of(PeftModel.from_pretrained(world.model(), subject / "model")), heads)
+    with pytest.raises(ValueError, match="another model"):
+        Writer(parts_of(world.model()), heads)
 
 
 def test_heads_beyond_the_budget_are_refused(world, tmp_path) -> None:
