@@ -89,8 +89,8 @@ def settle(model: nn.Module) -> None:
     """Make a model that was just loaded one like any other: it stays where it is put, its weights
     stay as they are, and of the file that they were made from nothing stays in memory.
 
-    What stays unquantised (embeddings, heads, norms) may lie in the mapped file, where that is in the
-    dtype asked for. One of them would keep the pages that every packed weight was read from.
+    What stays unquantised (embeddings, heads, norms) may lie in the mapped file, where that is in
+    the dtype asked for. One of them would keep the pages that every packed weight was read from.
     """
     from accelerate.hooks import remove_hook_from_submodules
 

@@ -47,7 +47,8 @@ class QLoraCourse(Course):
     """Proves in the end that the base is what was asked for, and has the adapter say so."""
 
     def finish(self) -> dict[str, Any]:
-        """Raises a StageError where an adapted layer is not in 4 bits."""
+        """Raises a StageError where an adapted layer is not in 4 bits, though transformers does
+        quantise it in this kind of base."""
         layers = quantised.quantised_layers(self.model)
         adapted = [
             name.rpartition(".lora_A")[0]
@@ -56,10 +57,16 @@ class QLoraCourse(Course):
         ]
         # The layer itself, or one with a bias that is learned too, around it.
         packed = {own_name(f"{name}.") for name in layers}
-        whole = [name for name in adapted if own_name(f"{name}.") not in packed]
-        if whole or not adapted:
+        others = {own_name(f"{name}.") for name in adapted} - packed
+        kinds = quantised.of_model(self.model).unquantised if layers else ()
+        ends = tuple(f".{name}." for name in kinds)
+        kept = {name for name in others if name.endswith(ends)}
+        whole = sorted(others - kept)
+        if whole or len(kept) == len(adapted):
             raise StageError(f"QLoRA trained beside {whole[:1] or 'nothing'}, not in 4 bits")
         say(f"{len(layers)} layers of the base are {self.candidate.quant_type}")
+        if kept:
+            say(f"{len(kept)} adapted ones are not: transformers leaves them whole in this kind")
         return {"quantised_layers": len(layers)}
 
     def export(self, adapter: Path) -> None:

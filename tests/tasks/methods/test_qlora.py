@@ -17,12 +17,15 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from schemas.candidates import Lora, QLora
 from schemas.errors import StageError, UserError
 from schemas.recipe import Finish
 from schemas.stages import MergeSpec
+from schemas.tasks import is_labelled
 from tasks.core import quantised
 from tasks.core.models import load_base, load_trained
 from tasks.evaluate.computation import MicroBatch, backward_flops, forward_flops
@@ -57,6 +60,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "sequence-classification": BertForSequenceClassification(BertConfig(**SHAPE)),
     }
+    t5 = T5Config(vocab_size=64, d_model=64, d_ff=192, d_kv=16, num_layers=2, num_heads=4)
+    models["seq2seq"] = T5ForConditionalGeneration(t5)
     for task, model in models.items():
         model.save_pretrained(root / task)
         (root / task / "tokenizer_config.json").write_text("{}")
@@ -68,7 +73,11 @@ def qlora(**given) -> QLora:
 
 
 def labels(task: str) -> list[str] | None:
-    return None if task == "causal-lm" else LABELS
+    return LABELS if is_labelled(task) else None
+
+
+def asked(task: str) -> dict[str, torch.Tensor]:
+    return {"input_ids": IDS} | ({"decoder_input_ids": IDS} if task == "seq2seq" else {})
 
 
 def base_of(places, task: str, dtype: str = "float32", **given) -> nn.Module:
@@ -188,14 +197,17 @@ def learn(model: nn.Module) -> None:
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, "seq2seq"])
 @pytest.mark.parametrize("given", [{}, {"dora": True}])
 def test_what_ships_is_loaded_and_served_on_the_same_4_bits(tmp_path, places, task, given):
     model = built(places, task, **given)
     learn(model)
     with torch.no_grad():
-        tuned = model(input_ids=IDS).logits
+        tuned = model(**asked(task)).logits
     course = METHOD.course(model, qlora(**given), 10)
+    # A T5 has layers that transformers keeps whole, which learn too.
+    whole = [n for n, m in model.named_modules() if n.endswith("wo.base_layer")]
+    assert len(whole) == (2 * 2 if task == "seq2seq" else 0)
     assert course.finish()["quantised_layers"] == len(quantised.quantised_layers(model))
     target = tmp_path / "model"
     save_model(model, target, places[task], "float32", METHOD)
@@ -211,8 +223,8 @@ def test_what_ships_is_loaded_and_served_on_the_same_4_bits(tmp_path, places, ta
     served = load_model(tmp_path, serving).eval()
     with torch.no_grad():
         # The same weights, quantised by the same function, and the same products.
-        assert torch.equal(again(input_ids=IDS).logits, tuned)
-        assert torch.equal(served(input_ids=IDS).logits, tuned)
+        assert torch.equal(again(**asked(task)).logits, tuned)
+        assert torch.equal(served(**asked(task)).logits, tuned)
     assert "quantis" not in (target / "adapter_config.json").read_text()
     assert (places[task] / "model.safetensors").stat().st_size > 0
 
