@@ -45,9 +45,10 @@ class Pace:
         self.honesty = 1.0
         #: Chance of a copied token to be right where the one before it was.
         self.copied = 0.8
-        #: Widths that were taken once, and less than zero, drafts that were made once: that time had
-        #: a first call's work in it.
+        #: Widths that were taken, and drafts that were made, once: those times had a first
+        #: call's work in them.
         self.begun: set[tuple[int, int]] = set()
+        self.begun_drafts: set[tuple[int, int]] = set()
         self.waiting: dict[int, int] = defaultdict(int)
         self.hold: dict[int, int] = defaultdict(lambda: HOLD)
         #: Tokens and seconds of the last passes with drafts, for each size.
@@ -156,11 +157,10 @@ class Pace:
             self.passes[at].append(seconds)
         self.begun.add(at)
         if drafting is not None:
-            offered = self.offered[at[0]]
-            # The first drafts of a kind, too, take what a first call takes.
-            if (at[0], -offered) in self.begun:
-                self.drafts[at[0], offered].append(drafting)
-            self.begun.add((at[0], -offered))
+            made = at[0], self.offered[at[0]]
+            if made in self.begun_drafts:
+                self.drafts[made].append(drafting)
+            self.begun_drafts.add(made)
 
     def accepted(self, rows: int, width: int, expected: float, found: float) -> None:
         """Of so many expected drafts of a pass so many were right, each the mean over rows."""
