@@ -1,6 +1,6 @@
 """Decoding with Turbo heads beside transformers' generate() and Medusa-1's heads.
 
-    python benchmarks/decode.py [--quick] [--work DIR]
+    python benchmarks/decode.py [--quick] [--work DIR] [--tasks json]
 
 Two models (the embedded base; the same grown to 128 M parameters, whose decoding is bound by
 memory traffic), each tuned on two tasks (`speculation/subjects.py`), in bfloat16. All contenders
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 from common import Result, at_least, at_most, write
@@ -68,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the JSON task alone, batch 1 and 16")
     parser.add_argument("--work", type=Path, help="keep what is made here; else nothing is kept")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="default: all of them")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
@@ -81,16 +83,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="decode-") as name:
         work = (arguments.work or Path(name)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        rows = measure(work, arguments.quick)
+        rows = measure(work, arguments.tasks.split(","), arguments.quick)
     write(
         "decode", rows, quick=arguments.quick, notes=" ".join(__doc__.split("\n\n", 2)[2].split())
     )
 
 
-def measure(work: Path, quick: bool) -> list[Result]:
+def measure(work: Path, tasks: list[str], quick: bool) -> list[Result]:
     rows: list[Result] = []
     slowest: list[tuple[float, str]] = []
-    for task in ["json"] if quick else TASKS:
+    for task in ["json"] if quick else tasks:
         for size in SIZES:
             bench = Bench(size, task, work)
             began = time.monotonic()
@@ -114,24 +116,29 @@ class Bench:
     """One subject's figures."""
 
     def __init__(self, size: str, task: str, work: Path) -> None:
-        self.task, self.title = task, f"{size}, {task}"
+        self.task, self.title, self.work = task, f"{size}, {task}", work
         self.subject = subject(size, task, work)
         self.entry = self.subject.heads(TURBO)
         self.model = loaded(self.subject.merged.path / "model")
         self.desk = desk_of(self.subject, self.model)
         self.prompts = prompts_of(self.subject)
         self.heads = TurboHeads.load(self.entry.path / "heads")
-        self.medusa = saved_medusa(
-            work / f"medusa-{self.subject.merged.key[:12]}.safetensors",
-            self.desk.parts,
-            lambda: learned(self.subject, self.desk, TURBO, work),
-            TURBO,
-        )
         # What drafts for a model in transformers is a smaller model for the same task.
         self.assistant = (
             loaded(subject("embedded", task, work).merged.path / "model")
             if size == "grown"
             else None
+        )
+
+    @cached_property
+    def medusa(self) -> TurboHeads:
+        """Medusa-1's heads. Only where they are asked for: they are larger than the model."""
+        work = self.work
+        return saved_medusa(
+            work / f"medusa-{self.subject.merged.key[:12]}.safetensors",
+            self.desk.parts,
+            lambda: learned(self.subject, self.desk, TURBO, work),
+            TURBO,
         )
 
     def contender(self, name: str) -> Write:
@@ -267,8 +274,6 @@ def peak(work: Path, size: str, task: str, name: str, batch: int) -> float:
 
     floor = runtime.resident_mib()
     bench = Bench(size, task, work)
-    if name != MEDUSA:
-        bench.medusa = None
     bench.assistant = None
     write = bench.contender(name)
     write(bench.asked(batch, 1)[0])
