@@ -34,7 +34,7 @@ class Turbo(Frozen):
     )
     temperature: float = Field(1.0, gt=0, description="Of the sampled continuations.")
     epochs: float = Field(6, gt=0, description="Over the continuations.")
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(1e-2, gt=0)
     batch_tokens: int = Field(2048, ge=1, description="Written tokens of an optimiser step.")
     decay: float = Field(0.8, gt=0, le=1, description="Weight of head k in the loss: decay^k.")
     hard: float = Field(
@@ -45,7 +45,7 @@ class Turbo(Frozen):
         "rest is the divergence from the model's own distribution there.",
     )
     state_dropout: float = Field(
-        0.2, ge=0, lt=1, description="Share of the steps that are made without the state."
+        0.3, ge=0, lt=1, description="Share of the steps that are made without the state."
     )
     store_mib: int = Field(
         4096, ge=1, description="Disk for hidden states, MiB; fewer rows are taken if they exceed."

@@ -18,8 +18,9 @@ import torch
 
 from .heads import TurboHeads
 
-#: Candidates of each head, and paths that are followed.
-CANDIDATES = 10
+#: Candidates of each head: the state only raises what is among them (docs/log.md has figures).
+CANDIDATES = 32
+#: Paths that are followed.
 BEAM = 10
 
 
