@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from speculation.material import Learned
 from torch import nn
 
 from schemas.turbo import Turbo
@@ -26,7 +27,7 @@ from tasks.core.schedule import learning_rate, total_steps
 from tasks.speculate.heads import HeadsConfig, TurboHeads
 from tasks.speculate.parts import Parts
 from tasks.turbo.distil import left, schedule_of
-from tasks.turbo.states import States, Texts
+from tasks.turbo.states import Texts
 
 LEARNING_RATE = 1e-3
 
@@ -54,8 +55,9 @@ class MedusaHeads(TurboHeads):
         return torch.stack([self.head(k, x_ND) for k in range(count)])
 
 
-def train_medusa(parts: Parts, states: States, chosen: np.ndarray, turbo: Turbo) -> MedusaHeads:
+def train_medusa(parts: Parts, material: Learned, turbo: Turbo) -> MedusaHeads:
     """Heads trained on the chosen texts, as many and for as many steps as `turbo` says."""
+    states, chosen = material.states, material.chosen
     heads = MedusaHeads(turbo.heads, parts.scored)
     schedule = schedule_of(turbo).model_copy(update={"learning_rate": LEARNING_RATE})
     plan = Plan(states.lengths[chosen], turbo.batch_tokens, turbo.seed)
@@ -93,12 +95,12 @@ def medusa_loss(heads: MedusaHeads, texts: Texts, decay: float) -> torch.Tensor:
 
 
 def saved_medusa(
-    path: Path, parts: Parts, states: Callable[[], tuple[States, np.ndarray]], turbo: Turbo
+    path: Path, parts: Parts, material: Callable[[], Learned], turbo: Turbo
 ) -> MedusaHeads:
-    """Trained now, if they are not there. states: the stored ones, and which texts to learn."""
+    """Trained now, if they are not there. material: made only then."""
     heads = MedusaHeads(turbo.heads, parts.scored)
     if not path.is_file():
-        heads = train_medusa(parts, *states(), turbo)
+        heads = train_medusa(parts, material(), turbo)
         save_file(heads.state_dict(), path)
     heads.load_state_dict(load_file(path))
     return heads.requires_grad_(False).eval()

@@ -65,9 +65,15 @@ def difference(first: list[Statistic], second: list[Statistic], gaps_R: Values) 
     """The mean over seeds of first minus second. gaps_R: the same in each resample."""
     value = float(np.mean([a.value - b.value for a, b in zip(first, second, strict=True)]))
     low, high = np.quantile(gaps_R, SIDES)
-    # Resamples on the far side of zero, and one for the data themselves: p is never 0.
-    tail = min(int((gaps_R <= 0).sum()), int((gaps_R >= 0).sum())) + 1
-    return Gap(value, float(low), float(high), min(1.0, 2 * tail / (len(gaps_R) + 1)))
+    # Resamples on the far side of zero, beside the data themselves.
+    tail = min(int((gaps_R <= 0).sum()), int((gaps_R >= 0).sum()))
+    p = (tail + 1) * least_p(len(gaps_R))
+    return Gap(value, float(low), float(high), min(1.0, p))
+
+
+def least_p(resamples: int) -> float:
+    """The smallest p that so many resamples can give: the data are one more draw, on two sides."""
+    return 2 / (resamples + 1)
 
 
 def mcnemar(first: Statistic, second: Statistic) -> float | None:

@@ -6,14 +6,16 @@ so differences are taken row by row and seed by seed. It needs no torch, and tak
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
 from schemas.report import Comparison, Pair
 from schemas.stages import CompareSpec
-from tasks.compare.paired import Resamples, difference, mcnemar, over_seeds
+from tasks.compare.paired import Resamples, difference, least_p, mcnemar, over_seeds
+from tasks.core.apart import SIGNIFICANCE
 from tasks.core.bootstrap import Statistic, load_statistics
+from tasks.core.progress import warn
 
 STATISTICS = "statistics.safetensors"
 
@@ -28,6 +30,7 @@ def run(spec: CompareSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, A
         for label in spec.labels
     }
     found = compare(spec, subjects)
+    warn_of_few_resamples(spec, found)
     (out_dir / "comparison.json").write_text(found.model_dump_json(indent=1))
     return {"metric": found.metric, "candidates": len(found.candidates)}
 
@@ -65,6 +68,20 @@ def compare(spec: CompareSpec, subjects: Subjects) -> Comparison:
         pairs=pairs,
         how=how(spec),
     )
+
+
+def warn_of_few_resamples(spec: CompareSpec, found: Comparison) -> None:
+    """Say aloud where no difference, however large, could be told: a bootstrap's p is never below
+    what its resamples can show, and is multiplied with the number of other candidates."""
+    others = len(spec.labels) - 1
+    if all(pair.test == "McNemar" for pair in found.pairs):
+        return
+    if least_p(spec.resamples) * others >= SIGNIFICANCE:
+        needed = next(n for n in count(spec.resamples) if least_p(n) * others < SIGNIFICANCE)
+        warn(
+            f"evaluate.bootstrap: {spec.resamples} resamples tell none of {others + 1} candidates "
+            f"apart, however far they are; write {needed} or more"
+        )
 
 
 def how(spec: CompareSpec) -> str:

@@ -287,7 +287,7 @@ class Writer:
                 parts.embed,
                 x_BD,
                 root_B,
-                pace.widths[-1],
+                pace.offer(len(active)),
             )
         if self.lookup:
             chains = [row.lookup.continuation() if row.lookup else [] for row in active]

@@ -107,11 +107,15 @@ class TurboHeads(nn.Module):
         """A_h x, [N, S]: the part of the state that stays the same for all drafts of a row."""
         return F.linear(x_ND, self.state_hidden_SD)
 
+    def read(self, token_ND: torch.Tensor) -> torch.Tensor:
+        """A_e E[y], [N, S], of the embeddings of drafted tokens."""
+        return F.linear(token_ND, self.state_token_SD)
+
     def follow(
-        self, state_NS: torch.Tensor | None, token_ND: torch.Tensor, begun_NS: torch.Tensor
+        self, state_NS: torch.Tensor | None, read_NS: torch.Tensor, begun_NS: torch.Tensor
     ) -> torch.Tensor:
-        """s_k from s_(k-1) (None: zero), the embedding of the token drafted last, and `begin`."""
-        sum_NS = F.linear(token_ND, self.state_token_SD) + begun_NS
+        """s_k from s_(k-1) (None: zero), what was `read` of the token drafted last, and `begin`."""
+        sum_NS = read_NS + begun_NS
         if state_NS is not None:
             sum_NS = sum_NS + F.linear(state_NS, self.state_SS)
         return F.silu(sum_NS)
@@ -119,6 +123,11 @@ class TurboHeads(nn.Module):
     def correction(self, state_NS: torch.Tensor) -> torch.Tensor:
         """C s, [N, D]: what the state adds to what the lm_head reads."""
         return F.linear(state_NS, self.out_DS)
+
+    def bonus_of(self, scored_MD: torch.Tensor) -> torch.Tensor:
+        """w C, [M, S], of some tokens' rows w of the lm_head: what s adds to their logits is the
+        product with s, w (C s) = (w C) s, without the model's width."""
+        return scored_MD @ self.out_DS
 
     def save(self, directory: Path) -> None:
         """Write the tensors (float32) and the configuration."""

@@ -9,7 +9,7 @@ at all, none are made, for longer each time, and then tried again.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from statistics import median
+from collections.abc import Iterable
 
 #: Nodes of a pass. Few different ones, so that each is measured soon and compiled once.
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -27,6 +27,8 @@ COUNTED = 16
 PRIOR = 0.01
 #: What drafts are believed again, at least, when they are tried again.
 REVIVED = 0.5
+#: Nodes that are drafted at least, where drafts are made.
+FEWEST_OFFERED = 4
 #: Weight of the last pass in running means.
 FORGET = 0.05
 
@@ -38,13 +40,15 @@ class Pace:
         """widest: nodes that a pass has at most; 1: never a draft."""
         self.widths = tuple(width for width in WIDTHS if width <= widest)
         self.passes: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self.drafts: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self.drafts: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         #: Accepted drafts over expected ones.
         self.honesty = 1.0
         #: Chance of a copied token to be right where the one before it was.
         self.copied = 0.8
-        #: Widths that were taken once: that time had a first call's work in it.
+        #: Widths that were taken, and drafts that were made, once: those times had a first
+        #: call's work in them.
         self.begun: set[tuple[int, int]] = set()
+        self.begun_drafts: set[tuple[int, int]] = set()
         self.waiting: dict[int, int] = defaultdict(int)
         self.hold: dict[int, int] = defaultdict(lambda: HOLD)
         #: Tokens and seconds of the last passes with drafts, for each size.
@@ -52,6 +56,10 @@ class Pace:
             lambda: deque(maxlen=COUNTED)
         )
         self.since_plain: dict[int, int] = defaultdict(int)
+        #: Widths that were taken last, for each size, and nodes that drafts were made for.
+        self.chosen: dict[int, deque[int]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self.offered: dict[int, int] = defaultdict(lambda: self.widths[-1])
+        self.next_offer: dict[int, int] = {}
 
     def drafting(self, rows: int) -> bool:
         """Whether the next pass of so many rows is worth drafts."""
@@ -72,10 +80,16 @@ class Pace:
             return False
         return True
 
+    def offer(self, rows: int) -> int:
+        """Nodes that the next drafts are made for: what is drafted and not verified costs too."""
+        size = _size(rows)
+        self.offered[size] = self.next_offer.get(size, self.widths[-1])
+        return self.offered[size]
+
     def width(self, rows: int, chances: list[float]) -> int:
         """Nodes of the next pass. chances: of each node, the mean over rows, falling."""
         size = _size(rows)
-        drafting = median(self.drafts[size]) if self.drafts[size] else 0.0
+        drafting = self._drafting(size)
         best, found = self.rate(size, 1, 0.0, 0.0), 1
         plain = best
         for width in self.widths[1:]:
@@ -89,11 +103,22 @@ class Pace:
                 # Widths are tried one after the other: how a wider one would do is a guess.
                 break
         if best > plain * MARGIN and self._paid(size, plain):
+            self.chosen[size].append(found)
+            wide = max(2 * max(self.chosen[size]), FEWEST_OFFERED)
+            self.next_offer[size] = min(wide, self.widths[-1])
             return found
+        # Fewer drafts cost less: the next try has half as many, and after the fewest all again.
+        half = self.offered[size] // 2
+        self.next_offer[size] = half if half >= FEWEST_OFFERED else self.widths[-1]
         self.counted[size].clear()
         self.waiting[size] = self.hold[size]
         self.hold[size] = min(2 * self.hold[size], LONGEST_HOLD)
         return 1
+
+    def _drafting(self, size: int) -> float:
+        """Seconds of drafts for as many nodes as were offered last; 0 until they are measured."""
+        times = self.drafts[size, self.offered[size]]
+        return usual(times) if times else 0.0
 
     def _paid(self, size: int, plain: float) -> bool:
         """Whether the passes with drafts that were counted last were worth it."""
@@ -115,13 +140,13 @@ class Pace:
         """Seconds of a pass: as measured, or on the line through the two widest narrower ones."""
         own = self.passes[size, width]
         if own:
-            return median(own)
+            return usual(own)
         known = [at for at in self.widths if at < width and self.passes[size, at]]
         *narrower, near = known
-        last = median(self.passes[size, near])
+        last = usual(self.passes[size, near])
         if not narrower:
             return last * (1 + PRIOR * size * width) / (1 + PRIOR * size * near)
-        before = median(self.passes[size, narrower[-1]])
+        before = usual(self.passes[size, narrower[-1]])
         slope = max(last - before, 0.0) / (near - narrower[-1])
         return last + slope * (width - near)
 
@@ -132,14 +157,17 @@ class Pace:
             self.passes[at].append(seconds)
         self.begun.add(at)
         if drafting is not None:
-            self.drafts[_size(rows)].append(drafting)
+            made = at[0], self.offered[at[0]]
+            if made in self.begun_drafts:
+                self.drafts[made].append(drafting)
+            self.begun_drafts.add(made)
 
     def accepted(self, rows: int, width: int, expected: float, found: float) -> None:
         """Of so many expected drafts of a pass so many were right, each the mean over rows."""
         size = _size(rows)
-        drafting = median(self.drafts[size]) if self.drafts[size] else 0.0
+        drafting = self._drafting(size)
         if times := self.passes[size, width]:
-            self.counted[size].append((1 + found, median(times) + drafting))
+            self.counted[size].append((1 + found, usual(times) + drafting))
         if expected > 0.05:
             ratio = min(found / expected, 2.0)
             self.honesty += FORGET * (ratio - self.honesty)
@@ -158,6 +186,13 @@ class Fixed(Pace):
 
     def width(self, rows: int, chances: list[float]) -> int:
         return min(self.nodes, len(chances))
+
+
+def usual(times: Iterable[float]) -> float:
+    """What a pass takes where nothing else wants the machine: the lower quartile. Others only
+    ever add to a time, and a median of few would follow them."""
+    ordered = sorted(times)
+    return ordered[len(ordered) // 4]
 
 
 def _size(rows: int) -> int:

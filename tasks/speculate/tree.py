@@ -79,7 +79,11 @@ def draft(
     lm_head: logits of what it is given. scored: its weight, [V, D]. embed: tokens to [.., D].
     x_BD: what the lm_head read where it gave the root. depth: heads that are used; None: all.
     """
-    rows, count = len(x_BD), min(depth or heads.config.heads, heads.config.heads)
+    rows, count = len(x_BD), min(depth or heads.config.heads, heads.config.heads, nodes - 1)
+    if count == 0:
+        return root_alone(root_B)
+    # A level has all but the root at most, and what is kept has its parent among them.
+    beam = min(BEAM, nodes - 1)
     logits_KBV = heads.logits(x_BD, lm_head, count).float()
     total_KB1 = logits_KBV.logsumexp(-1, keepdim=True)
     best_KBM, ids_KBM = logits_KBV.topk(min(CANDIDATES, logits_KBV.shape[-1]), dim=-1)
@@ -88,6 +92,10 @@ def draft(
         begun_B1S = heads.begin(x_BD)[:, None]
         # What all tokens but the candidates have, which the state does not change.
         rest_KB1 = _rest(best_KBM, total_KB1)
+        # Of all candidates at once: what each level has left to do is of the state's width.
+        bonus_KBMS = heads.bonus_of(scored[ids_KBM])
+        read_KBMS = heads.read(embed(ids_KBM))
+        read_BFS = heads.read(embed(root_B))[:, None]
     else:
         chances_KBM = best_KBM - total_KB1
 
@@ -99,8 +107,8 @@ def draft(
     for k in range(count):
         ids_BM = ids_KBM[k]
         if stateful:
-            state_BFS = heads.follow(state_BFS, embed(token_BF), begun_B1S)
-            bonus_BFM = heads.correction(state_BFS) @ scored[ids_BM].transpose(1, 2)
+            state_BFS = heads.follow(state_BFS, read_BFS, begun_B1S)
+            bonus_BFM = state_BFS @ bonus_KBMS[k].transpose(1, 2)
             mine_BFM = best_KBM[k][:, None] + bonus_BFM.float()
             both_BF2 = torch.stack(
                 [mine_BFM.logsumexp(-1), rest_KB1[k].expand(-1, mine_BFM.shape[1])], -1
@@ -110,12 +118,15 @@ def draft(
         else:
             logp_BFM = chances_KBM[k][:, None]
         path_BC = (chance_BF[..., None] + logp_BFM).flatten(1)
-        chance_BF, pick_BF = path_BC.topk(min(BEAM, path_BC.shape[1]), dim=1)
+        chance_BF, pick_BF = path_BC.topk(min(beam, path_BC.shape[1]), dim=1)
         from_BF = pick_BF // ids_BM.shape[1]
         parents.append(node_BF.gather(1, from_BF))
-        token_BF = ids_BM.gather(1, pick_BF % ids_BM.shape[1])
-        if stateful and state_BFS is not None:
-            state_BFS = state_BFS.gather(1, from_BF[..., None].expand(-1, -1, state_BFS.shape[2]))
+        which_BF = pick_BF % ids_BM.shape[1]
+        token_BF = ids_BM.gather(1, which_BF)
+        if state_BFS is not None:
+            wide_BFS = (-1, -1, state_BFS.shape[2])
+            state_BFS = state_BFS.gather(1, from_BF[..., None].expand(wide_BFS))
+            read_BFS = read_KBMS[k].gather(1, which_BF[..., None].expand(wide_BFS))
         node_BF = torch.arange(made, made + chance_BF.shape[1], device=x_BD.device).expand(rows, -1)
         made += chance_BF.shape[1]
         tokens.append(token_BF)

@@ -173,12 +173,12 @@ def foreseen(
         return h_KTD
     begun_TS, state_TS = heads.begin(x_TD), None
     # Of the tokens that are written only: for large vocabularies a small part of the embeddings.
-    written_TD = parts.embed(tokens_T).float().detach()
+    written_TS = heads.read(parts.embed(tokens_T).float().detach())
     added = []
     for k in range(1, heads.config.heads + 1):
         # Head k follows the tokens written at t .. t + k - 1.
-        before_TD = torch.cat([written_TD[k - 1 :], written_TD[: k - 1]])
-        state_TS = heads.follow(state_TS, before_TD, begun_TS)
+        before_TS = torch.cat([written_TS[k - 1 :], written_TS[: k - 1]])
+        state_TS = heads.follow(state_TS, before_TS, begun_TS)
         added.append(heads.correction(state_TS))
     return h_KTD + torch.stack(added)
 

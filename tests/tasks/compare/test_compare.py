@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import StageError
+from schemas.report import Comparison
 from schemas.stages import CompareSpec
 from tasks.compare.paired import Resamples, difference, mcnemar, over_seeds
 from tasks.compare.stage import compare, run
@@ -127,6 +128,34 @@ def test_equal_candidates_are_seldom_told_apart() -> None:
         [test] = told_apart(found, best_of(found), [{"a": "b", "b": "a"}[best_of(found)]])
         called += test.apart
     assert called <= 10
+
+
+def test_too_few_resamples_to_tell_anybody_apart_are_said_aloud(tmp_path, capsys) -> None:
+    """Losses of 0 and 1 on every row: as far apart as can be."""
+    labels = list("abcde")
+
+    def ran(resamples: int) -> str:
+        paths = {}
+        for label in labels:
+            path = tmp_path / label
+            path.mkdir(exist_ok=True)
+            losses = bootstrap.mean(np.full(50, float(label != "a")))
+            bootstrap.save_statistics({"loss": losses}, path / "statistics.safetensors")
+            paths[f"{label}/0"] = paths[f"{label}/1"] = path
+        asked = spec(labels, [0, 1], "loss").model_copy(update={"resamples": resamples})
+        run(asked, paths, tmp_path)
+        return capsys.readouterr().err
+
+    def apart() -> bool:
+        found = Comparison.model_validate_json((tmp_path / "comparison.json").read_text())
+        return told_apart(found, "a", labels[1:])[0].apart
+
+    assert "tell none of 5 candidates apart, however far they are; write 160 or more" in ran(100)
+    assert not apart()
+    assert ran(159)
+    assert not apart()
+    assert not ran(160)
+    assert apart()
 
 
 def test_the_difference_is_the_first_ones_minus_the_second_ones() -> None:

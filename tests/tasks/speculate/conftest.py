@@ -176,7 +176,7 @@ def taught(parts: Parts, prompts: list[list[int]], steps: int = 100) -> TurboHea
         ahead_KND, begun_NS = heads.ahead(x_ND), heads.begin(x_ND)
         for k in range(count):
             before_ND = tokens_BTD[:, k + 1 : k + 1 + n].flatten(0, 1)
-            state_NS = heads.follow(state_NS, before_ND, begun_NS)
+            state_NS = heads.follow(state_NS, heads.read(before_ND), begun_NS)
             logits_NV = parts.lm_head(ahead_KND[k] + heads.correction(state_NS))
             target_N = ids_BT[:, k + 2 : k + 2 + n].flatten()
             loss = loss + torch.nn.functional.cross_entropy(logits_NV, target_N)

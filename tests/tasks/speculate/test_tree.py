@@ -155,7 +155,7 @@ def test_heads_begin_as_the_models_own_guess(small: Any) -> None:
     heads = TurboHeads(config)
     x_ND = torch.randn(5, config.hidden_size)
     assert torch.equal(heads.ahead(x_ND), x_ND.expand(4, -1, -1))
-    state = heads.follow(None, torch.randn(5, config.hidden_size), heads.begin(x_ND))
+    state = heads.follow(None, heads.read(torch.randn(5, config.hidden_size)), heads.begin(x_ND))
     assert state.abs().max() > 0
     assert not heads.correction(state).any()
 

@@ -170,7 +170,7 @@ def test_what_heads_foresee_is_what_a_draft_that_was_right_so_far_reads(state, w
             wanted_1D = heads.ahead(x_1D)[k - 1]
             if with_state and state and rest >= k - 1:
                 token_1D = around.embed(some.tokens_T[t + k - 1 : t + k].long())
-                state_1S = heads.follow(state_1S, token_1D, begun_1S)
+                state_1S = heads.follow(state_1S, heads.read(token_1D), begun_1S)
                 wanted_1D = wanted_1D + heads.correction(state_1S)
             if rest >= k:
                 # Products of 8 numbers in another order.
