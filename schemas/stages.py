@@ -75,7 +75,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 7
+    VERSION: ClassVar[int] = 8
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")
@@ -92,7 +92,7 @@ class TrainSpec(Spec):
     a prompt), curve.json."""
 
     STAGE: ClassVar[str] = "train"
-    VERSION: ClassVar[int] = 7
+    VERSION: ClassVar[int] = 8
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("train.checkpoint_every_s",)
 

@@ -20,7 +20,7 @@ MIB = 2**20
 #: What a process on a CPU holds beside its tensors, MiB: code and modules that loading brings in,
 #: products that oneDNN keeps, MKL's workspace, and holes in the heap (`tasks/train/heap.py`).
 #: The mean over two bases with LoRA (docs/plan.md), without and with checkpointing.
-REST_MIB = {"float32": (125, 145), "bfloat16": (165, 175)}
+REST_MIB = {"float32": (125, 135), "bfloat16": (155, 175)}
 #: AdamW's two moments, and a gradient, in float32.
 MOMENTS, GRADIENT = 8, 4
 

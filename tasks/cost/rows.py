@@ -14,7 +14,7 @@ from schemas.tasks import TASKS, is_encoder_decoder
 from tasks.core.plan import Plan, Rows
 from tasks.core.schedule import total_steps
 from tasks.core.tokens import TokenRows
-from tasks.train.batching import Layout, micro_batches
+from tasks.train.batching import Layout, micro_batches, padded_length
 from tasks.train.pairs import held_lengths, longest_sides
 
 TOKENS = Path("tokens") / "train.safetensors"
@@ -57,24 +57,33 @@ def load_of(prepared: Path | None, task: str, train: Train, layout: Layout, full
     looked_at = [
         micro_batches(step, lengths, layout) for step in plan.epoch(0)[: min(steps, LOOKED_AT)]
     ]
-    largest = _largest([part for parts in looked_at for part in parts], rows)
+    largest = _largest([part for parts in looked_at for part in parts], lengths, layout)
     if prepared is None:
         # Full rows are one micro-batch, of which a step may take several.
         again = largest if train.batch_tokens > layout.budget else None
         return Load(rows, largest, again, None, None)
     later = [part for parts in looked_at for part in parts[1:]]
     mean = len(rows.input_ids) / plan.steps_per_epoch
-    return Load(rows, largest, _largest(later, rows) if later else None, steps, round(steps * mean))
+    second = _largest(later, lengths, layout) if later else None
+    return Load(rows, largest, second, steps, round(steps * mean))
 
 
-def _largest(parts: list[Rows], rows: TokenRows) -> Rows:
-    return max(parts, key=lambda part: kept_by(rows.lengths[part]))
+def _largest(parts: list[Rows], lengths: NDArray[np.int64], layout: Layout) -> Rows:
+    return max(parts, key=lambda part: kept_by(lengths[part], layout))
 
 
-def kept_by(lengths: NDArray[np.int64]) -> int:
+def kept_by(lengths: NDArray[np.int64], layout: Layout) -> int:
     """What rows make a pass keep, in a measure of its own: so much a token of every layer's
-    activations, and its scores, which grow with the row."""
-    return int((lengths * (OF_A_TOKEN + lengths)).sum())
+    activations, and its scores, which grow with the row. Padding is kept as tokens are, where it
+    goes through the layers: many short rows may be more than a few long ones.
+
+    lengths: as `held_lengths` has them.
+    """
+    whole = lengths + (layout.virtual if lengths.ndim == 1 else [layout.virtual, 0])
+    if not (layout.packed or layout.unpadded):
+        longest = whole.max(axis=0, keepdims=True)
+        whole = np.broadcast_to(np.vectorize(padded_length)(longest), whole.shape)
+    return int((whole * (OF_A_TOKEN + whole)).sum())
 
 
 def longest_of(prepared: Path | None, max_length: int) -> int:

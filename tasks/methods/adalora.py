@@ -32,6 +32,7 @@ from tasks.core.adapters import CONFIG, WEIGHTS
 from tasks.core.files import write_atomic
 from tasks.core.progress import say, warn
 from tasks.methods.course import Course
+from tasks.methods.fused import EPSILON
 from tasks.methods.method import Method, head_parameters, task_settings
 from tasks.methods.targets import linear_targets
 
@@ -39,8 +40,6 @@ PLACE = "candidates[method=adalora]"
 ADAPTER = "default"
 #: Of all steps: how often ranks are given away.
 INTERVAL = 0.01
-#: What PEFT adds to the rank that it divides alpha by.
-EPSILON = 1e-5
 
 
 def config(model: nn.Module, candidate: AdaLora, task: str) -> AdaLoraConfig:

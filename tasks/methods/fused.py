@@ -1,4 +1,4 @@
-"""LoRA's forward and backward as one function each, in place of PEFT's; DoRA's too.
+"""LoRA's forward and backward as one function each, in place of PEFT's; DoRA's and AdaLoRA's too.
 
 PEFT's path casts the layer's input to float32, keeps that copy for the backward pass, and adds
 the update out of place, twice cast. Here the products run in the base's dtype, accumulate into
@@ -19,6 +19,9 @@ with g W and g B in place of W and B, and the gradient of m needs no more than w
 So y is kept, which what follows mostly keeps anyway (attention, activations). g W is made for each
 product and not kept, and the lengths take blocks of rows (`tasks/methods/row_lengths.py`).
 
+AdaLoRA (Zhang et al. 2023, arXiv:2303.10512) is LoRA with diag(E) A in place of A. (PEFT divides
+each layer's update, [T, O], by a tensor of one float32 number, which makes float32 of all of it.)
+
 Shapes: T tokens, I inputs, O outputs, R rank, S ranks of all layers that share an input.
 """
 
@@ -31,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
@@ -38,6 +42,8 @@ from torch import nn
 from tasks.methods.row_lengths import row_lengths, scaled_rows, sum_of_products
 
 ADAPTER = "default"
+#: What PEFT adds to the rank that AdaLoRA's alpha is divided by.
+EPSILON = 1e-5
 #: Things that `LoraProducts` is given of a layer, and that it keeps of it.
 GIVEN, KEPT = 6, 7
 
@@ -126,7 +132,7 @@ class Siblings:
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Give every LoRA and DoRA layer of a PEFT model the fused path. Returns how many.
+    """Give every LoRA, DoRA and AdaLoRA layer of a PEFT model the fused path. Returns how many.
 
     Left alone: layers with dropout or another variant, quantised bases, and layers whose own
     weights learn.
@@ -142,25 +148,44 @@ def fuse_lora(model: nn.Module) -> int:
 
 def _fusible(layer: Any) -> bool:
     return (
-        type(layer) is LoraLinear
+        type(layer) in (LoraLinear, SVDLinear)
         and list(layer.lora_A) == [ADAPTER]
         and type(layer.base_layer) is nn.Linear
         and not any(weight.requires_grad for weight in layer.base_layer.parameters())
-        and all(type(variant) is DoraLinearVariant for variant in layer.lora_variant.values())
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
-        and layer.lora_B[ADAPTER].bias is None
+        and (type(layer) is SVDLinear or _is_plain(layer))
     )
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a LoRA layer is no variant but DoRA, and has no bias of its own."""
+    variants = layer.lora_variant.values()
+    known = all(type(variant) is DoraLinearVariant for variant in variants)
+    return known and layer.lora_B[ADAPTER].bias is None
 
 
 def _outputs(layers: list[Any], x: torch.Tensor) -> list[torch.Tensor]:
     parts: list[Any] = []
     for layer in layers:
         base = layer.base_layer
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        m = layer.lora_magnitude_vector[ADAPTER].weight if layer.lora_variant else None
-        parts += [base.weight, base.bias, layer.scaling[ADAPTER], a, b, m]
+        learned = _of_adalora(layer) if type(layer) is SVDLinear else _of_lora(layer)
+        parts += [base.weight, base.bias, *learned]
     y_TOs = LoraProducts.apply(x.flatten(0, -2), *parts)  # type: ignore[no-untyped-call]
     return [y_TO.unflatten(0, x.shape[:-1]) for y_TO in y_TOs]
+
+
+def _of_lora(layer: Any) -> tuple[Any, ...]:
+    """The scaling, A_RI, B_OR, and DoRA's m_O or None."""
+    a_RI, b_OR = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    m_O = layer.lora_magnitude_vector[ADAPTER].weight if layer.lora_variant else None
+    return layer.scaling[ADAPTER], a_RI, b_OR, m_O
+
+
+def _of_adalora(layer: Any) -> tuple[Any, ...]:
+    """As `_of_lora`; the rank that alpha is divided by is a tensor, so it goes into A as well."""
+    share_1 = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + EPSILON)
+    a_RI = layer.lora_A[ADAPTER] * (layer.lora_E[ADAPTER] * share_1)
+    return 1.0, a_RI, layer.lora_B[ADAPTER], None
 
 
 def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:

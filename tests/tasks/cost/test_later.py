@@ -18,7 +18,7 @@ from tasks.core.plan import Plan
 from tasks.core.tokens import TokenRows
 from tasks.cost import dry
 from tasks.cost.ledger import Ledger
-from tasks.cost.rows import FullRow, full_rows, kept_by, load_of
+from tasks.cost.rows import OF_A_TOKEN, FullRow, full_rows, kept_by, load_of
 from tasks.cost.shapes import candidate_on_meta
 from tasks.cost.stage import run
 from tasks.methods.table import METHODS
@@ -91,11 +91,28 @@ def test_the_largest_of_them_is_found(tmp_path):
     train = Train(batch_tokens=PACKED.budget, max_steps=5)
     steps = Plan(rows.lengths, train.batch_tokens, train.seed).epoch(0)[:5]
     cut = [micro_batches(step, rows.lengths, PACKED) for step in steps]
-    later = [kept_by(rows.lengths[part]) for parts in cut for part in parts[1:]]
+    later = [kept_by(rows.lengths[part], PACKED) for parts in cut for part in parts[1:]]
     load = load_of(tmp_path, TASK, train, PACKED, FullRow(64))
-    assert kept_by(rows.lengths[load.later]) == max(later)
+    assert kept_by(rows.lengths[load.later], PACKED) == max(later)
     # A budget that takes every step whole leaves none.
     assert load_of(tmp_path, TASK, train, Layout(10_000, packed=True), FullRow(64)).later is None
+
+
+def test_padding_that_goes_through_the_layers_counts():
+    """2,560 positions of long rows against 4,224 of more and shorter ones, of fewer tokens. Without
+    padding the long ones keep more; virtual tokens in every layer are tokens too."""
+    long, short = np.full(20, 128), np.array([96] + [40] * 43)
+    padded = Layout(4096, packed=False)
+    assert kept_by(short, padded) > kept_by(long, padded) == 20 * 128 * (OF_A_TOKEN + 128)
+    for layout in (PACKED, Layout(4096, packed=False, unpadded=True)):
+        assert kept_by(short, layout) < kept_by(long, layout)
+    # A length of more than 64 is filled up to a multiple of 32.
+    assert kept_by(np.array([65, 9]), padded) == kept_by(np.array([96, 96]), padded)
+    behind = Layout(4096, packed=False, virtual=20)
+    assert kept_by(np.array([12]), behind) == kept_by(np.array([32]), padded)
+    # Sources and targets are padded apart, and virtual tokens are of the sources.
+    pairs = np.array([[12, 8], [4, 24]])
+    assert kept_by(pairs, behind) == kept_by(np.array([[32, 24], [32, 24]]), padded)
 
 
 def test_a_step_of_two_full_micro_batches_holds_every_gradient_at_its_peak(tmp_path):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -29,24 +30,36 @@ class Two(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def learned(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """With LoRA as if it had learned: B is not 0, and DoRA's lengths are not those of the rows."""
+KINDS = ("lora", "dora", "adalora")
+
+
+def config(kind: str, targets: list[str], ranks: dict[str, int] | None = None, **given) -> Any:
+    """Rank 4; `ranks` are those of some layers, which AdaLoRA has all alike at its start."""
+    given = {"lora_alpha": 8, "target_modules": targets, **given}
+    if kind == "adalora":
+        return AdaLoraConfig(init_r=4, target_r=2, total_step=10, **given)
+    return LoraConfig(r=4, rank_pattern=ranks or {}, use_dora=kind == "dora", **given)
+
+
+def learned(model: nn.Module, config: Any) -> nn.Module:
+    """With LoRA as if it had learned: B and AdaLoRA's E are not 0, a triplet of E is masked, what
+    is divided by is another rank, and DoRA's lengths are not those of the rows."""
     model = get_peft_model(model, config)
     for name, weight in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_E" in name:
             nn.init.normal_(weight)
+        if "lora_E" in name:
+            weight.data[1] = 0
+        if "ranknum" in name:
+            weight.requires_grad_(False).fill_(3)
         if "lora_magnitude_vector" in name:
             weight.data *= torch.empty_like(weight).uniform_(0.5, 1.5)
     return model
 
 
-def lora_model(dtype: torch.dtype, dropout: float = 0.0, dora: bool = False) -> nn.Module:
+def lora_model(dtype: torch.dtype, kind: str = "lora", dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
-    targets = ["first", "second"]
-    return learned(
-        Two(dtype),
-        LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, use_dora=dora),
-    )
+    return learned(Two(dtype), config(kind, ["first", "second"], lora_dropout=dropout))
 
 
 def outputs_and_gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -62,9 +75,9 @@ def outputs_and_gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tenso
     # where we round each of two products, and errors add over the layer's 24 to 40 inputs.
     [(torch.float32, 1e-5), (torch.bfloat16, 0.03)],
 )
-@pytest.mark.parametrize("dora", [False, True])
-def test_fused_lora_is_pefts(dtype, tolerance, dora):
-    theirs = lora_model(dtype, dora=dora)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_lora_is_pefts(dtype, tolerance, kind):
+    theirs = lora_model(dtype, kind)
     ours = copy.deepcopy(theirs)
     assert fuse_lora(ours) == 2
     torch.manual_seed(1)
@@ -72,6 +85,11 @@ def test_fused_lora_is_pefts(dtype, tolerance, dora):
     for a, b in zip(outputs_and_gradients(ours, x), outputs_and_gradients(theirs, x), strict=True):
         assert a.dtype == b.dtype
         assert (a - b).float().norm() <= tolerance * b.float().norm()
+
+
+#: Where B of the keys' layer is.
+K_B = dict.fromkeys(("lora", "dora"), "base_model.model.k.lora_B.default.weight")
+K_B["adalora"] = "base_model.model.k.lora_B.default"
 
 
 class Attentive(nn.Module):
@@ -89,22 +107,18 @@ class Attentive(nn.Module):
         return self.o(torch.tanh(self.q(x)) * self.k(keys) + self.v(keys))
 
 
-def attentive(dtype: torch.dtype, dora: bool = False) -> nn.Module:
+def attentive(dtype: torch.dtype, kind: str) -> nn.Module:
     torch.manual_seed(0)
-    targets = ["q", "k", "v", "o"]
-    return learned(
-        Attentive(dtype),
-        LoraConfig(r=4, lora_alpha=8, target_modules=targets, rank_pattern={"k": 2}, use_dora=dora),
-    )
+    return learned(Attentive(dtype), config(kind, ["q", "k", "v", "o"], {"k": 2}))
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_layers_that_share_an_input_are_computed_together_and_the_same(
-    monkeypatch, dtype, tolerance, dora
+    monkeypatch, dtype, tolerance, kind
 ):
     """From the pass on that follows one without gradients; the tolerances are those above."""
-    theirs = attentive(dtype, dora)
+    theirs = attentive(dtype, kind)
     ours = copy.deepcopy(theirs)
     assert fuse_lora(ours) == 4
     torch.manual_seed(1)
@@ -129,10 +143,10 @@ def test_layers_that_share_an_input_are_computed_together_and_the_same(
             assert (a - b).float().norm() <= tolerance * b.float().norm()
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_layers_that_share_an_input_once_may_have_another_the_next_time(dora):
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_share_an_input_once_may_have_another_the_next_time(kind):
     """Cross attention: keys and values from elsewhere, after passes that went together."""
-    theirs = attentive(torch.float32, dora)
+    theirs = attentive(torch.float32, kind)
     ours = copy.deepcopy(theirs)
     fuse_lora(ours)
     torch.manual_seed(1)
@@ -141,16 +155,15 @@ def test_layers_that_share_an_input_once_may_have_another_the_next_time(dora):
         ours(x), ours(x)
     assert torch.allclose(ours(x, other), theirs(x, other), atol=1e-5)
     assert torch.allclose(ours(x, x.clone()), theirs(x), atol=1e-5)
-    weight = ours.base_model.model.k.lora_B["default"].weight
-    theirs.base_model.model.k.lora_B["default"].weight.data.copy_(weight.data.mul_(3))
+    for model in (ours, theirs):
+        model.get_parameter(K_B[kind]).data.mul_(3)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_first_pass_under_gradient_checkpointing_is_computed_twice_alike(dora):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_pass_under_gradient_checkpointing_is_computed_twice_alike(kind):
     """Layers that learnt from it who shares an input would save other tensors the second time."""
-    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], use_dora=dora)
-    model = get_peft_model(tiny_llama(), config)
+    model = learned(tiny_llama(), config(kind, ["q_proj", "k_proj", "v_proj"]))
     fuse_lora(model)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -160,9 +173,9 @@ def test_a_first_pass_under_gradient_checkpointing_is_computed_twice_alike(dora)
     assert all(w.grad is not None for w in model.parameters() if w.requires_grad)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_layers_with_dropout_keep_pefts_path(dora):
-    assert fuse_lora(lora_model(torch.float32, dropout=0.1, dora=dora)) == 0
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_with_dropout_keep_pefts_path(kind):
+    assert fuse_lora(lora_model(torch.float32, kind, dropout=0.1)) == 0
 
 
 def test_no_gradient_is_made_for_an_input_that_needs_none():
