@@ -17,7 +17,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 KEPT = 7
 #: A pass with drafts has to promise so much more a second than one without.
 MARGIN = 1.02
-#: Passes without drafts after drafts did not pay, at first and at most.
+#: Passes without drafts after drafts did not pay, at first (of up to four rows) and at most.
 HOLD, LONGEST_HOLD = 8, 512
 #: A pass without drafts is timed again after so many with.
 REFRESH = 256
@@ -50,7 +50,7 @@ class Pace:
         self.begun: set[tuple[int, int]] = set()
         self.begun_drafts: set[tuple[int, int]] = set()
         self.waiting: dict[int, int] = defaultdict(int)
-        self.hold: dict[int, int] = defaultdict(lambda: HOLD)
+        self.hold: dict[int, int] = {}
         #: Tokens and seconds of the last passes with drafts, for each size.
         self.counted: dict[int, deque[tuple[float, float]]] = defaultdict(
             lambda: deque(maxlen=COUNTED)
@@ -111,8 +111,8 @@ class Pace:
         half = self.offered[size] // 2
         self.next_offer[size] = half if half >= FEWEST_OFFERED else self.widths[-1]
         self.counted[size].clear()
-        self.waiting[size] = self.hold[size]
-        self.hold[size] = min(2 * self.hold[size], LONGEST_HOLD)
+        self.waiting[size] = self.hold.get(size, _hold(size))
+        self.hold[size] = min(2 * self.waiting[size], LONGEST_HOLD)
         return 1
 
     def _drafting(self, size: int) -> float:
@@ -129,7 +129,7 @@ class Pace:
         last.clear()
         if tokens / seconds < plain:
             return False
-        self.hold[size] = max(self.hold[size] // 2, HOLD)
+        self.hold[size] = max(self.hold.get(size, 0) // 2, _hold(size))
         return True
 
     def rate(self, size: int, width: int, gain: float, drafting: float) -> float:
@@ -193,6 +193,11 @@ def usual(times: Iterable[float]) -> float:
     ever add to a time, and a median of few would follow them."""
     ordered = sorted(times)
     return ordered[len(ordered) // 4]
+
+
+def _hold(size: int) -> int:
+    """Passes until the second try: a try costs drafts for every row, and with many seldom pays."""
+    return HOLD * max(1, size // 4)
 
 
 def _size(rows: int) -> int:
