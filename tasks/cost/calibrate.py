@@ -1,7 +1,10 @@
-"""How fast this machine multiplies, FLOP/s: `python -m tasks.cost.calibrate DTYPE < /dev/null`.
+"""What `dtype: auto` means on this machine, and how fast it multiplies, FLOP/s.
 
-Products of a layer's shape, 1,024 tokens, at three widths; medians. They are timed when standard
-input has ended, so that a process can have imported torch before the machine is quiet.
+    echo float32 | python -m tasks.cost.calibrate
+
+The first line tells the one. Products are timed when standard input has ended with a dtype, so that
+a process can have imported torch before the machine is quiet: of a layer's shape, 1,024 tokens, at
+three widths; medians.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import time
 
 import torch
 
-from tasks.core.runtime import TORCH_DTYPES, device
+from tasks.core.runtime import TORCH_DTYPES, device, resolve_dtype
 
 TOKENS = 1024
 WIDTHS = (256, 512, 1024)
@@ -43,6 +46,5 @@ def rate(width: int, dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    wanted = TORCH_DTYPES[sys.argv[1]]
-    sys.stdin.read()
-    print(middle_rate(wanted))
+    print(resolve_dtype("auto"), flush=True)
+    print(middle_rate(TORCH_DTYPES[sys.stdin.read().strip()]))
