@@ -16,6 +16,7 @@ import time
 import torch
 
 from tasks.core.runtime import TORCH_DTYPES, device, resolve_dtype
+from tasks.cost import lean
 
 TOKENS = 1024
 WIDTHS = (256, 512, 1024)
@@ -48,3 +49,4 @@ def rate(width: int, dtype: torch.dtype) -> float:
 if __name__ == "__main__":
     print(resolve_dtype("auto"), flush=True)
     print(middle_rate(TORCH_DTYPES[sys.stdin.read().strip()]))
+    lean.end()

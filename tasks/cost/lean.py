@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 Given = dict[str, Any]
 
@@ -166,3 +166,11 @@ def started() -> None:
     """All that a plan needs is imported."""
     gc.freeze()
     gc.enable()
+
+
+def end() -> NoReturn:
+    """End this process, which has done all that it was to do. Python would first take apart all
+    that was imported, which is a fifth of a second to a first answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
