@@ -20,12 +20,14 @@ import torch
 
 from .cache import SlotCache
 from .choose import Choice, Greedy
+from .draft import Drafter
 from .heads import TurboHeads
 from .identity import Guard
+from .lean import LeanLayers, is_kin
 from .lookup import Lookup, graft
 from .pace import WIDTHS, Pace
 from .parts import Parts
-from .tree import Tree, draft, root_alone
+from .tree import Tree, root_alone
 
 
 class PromptError(ValueError):
@@ -101,15 +103,18 @@ class Writer:
         pace: Pace | None = None,
     ) -> None:
         """Raises a HeadsError where the heads are of another model."""
-        self.parts, self.lookup, self.heads = parts, lookup, None
+        self.parts, self.lookup = parts, lookup
+        self.drafter: Drafter | None = None
         self.guard = None if heads is None else Guard(heads.config, parts)
         if heads is not None:
             weight = parts.scored
             # A copy: the heads themselves stay in the precision that they are trained in.
-            self.heads = copy.deepcopy(heads).to(weight.device, weight.dtype)
+            own = copy.deepcopy(heads).to(weight.device, weight.dtype)
+            self.drafter = Drafter(own, parts.lm_head, weight, parts.embed)
         drafts = heads is not None or lookup
         self.pace = pace or Pace(WIDTHS[-1] if drafts else 1)
         self.eager = getattr(parts.config, "_attn_implementation", "sdpa") == "eager"
+        self.lean: LeanLayers | None = None
 
     @torch.inference_mode()
     def write(
@@ -189,6 +194,9 @@ class Writer:
         return self._verify(cache, [row.length for row in rows], tree, tree.ancestors())
 
     def _cache(self, rows: list[Row]) -> SlotCache:
+        # With each answer anew: an adapter may have been put into the model since the last.
+        layers = self.parts.layers
+        self.lean = LeanLayers(layers) if is_kin(layers) else None
         capacity = max(row.length + row.room for row in rows) + WIDTHS[-1]
         weight = self.parts.embed(torch.zeros(1, dtype=torch.long, device=self.parts.device))
         cache = SlotCache(self.parts.config, len(rows), capacity, weight.dtype, weight.device)
@@ -278,17 +286,8 @@ class Writer:
         if not pace.drafting(len(active)):
             return root_alone(root_B), None
         tree = root_alone(root_B)
-        if self.heads is not None:
-            parts = self.parts
-            tree = draft(
-                self.heads,
-                parts.lm_head,
-                parts.scored,
-                parts.embed,
-                x_BD,
-                root_B,
-                pace.offer(len(active)),
-            )
+        if self.drafter is not None:
+            tree = self.drafter.tree(x_BD, root_B, pace.offer(len(active)))
         if self.lookup:
             chains = [row.lookup.continuation() if row.lookup else [] for row in active]
             tree = graft(tree, chains, pace.copied)
@@ -325,6 +324,8 @@ class Writer:
         positions_BN: torch.Tensor,
         seen_B1NW: torch.Tensor,
     ) -> torch.Tensor:
+        if self.lean is not None:
+            return self.lean(cache, ids_BN, positions_BN, seen_B1NW)
         if self.eager:
             # Eager attention adds its mask.
             lowest = torch.finfo(cache.kv.dtype).min
