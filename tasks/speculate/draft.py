@@ -47,7 +47,7 @@ class Drafter:
         [V, D]. embed: tokens to [.., D]."""
         self.heads, self.lm_head = heads, lm_head
         if heads.config.state:
-            every = torch.arange(len(scored), device=scored.device).split(CHUNK)
+            every = torch.split(torch.arange(len(scored), device=scored.device), CHUNK)
             self.bonus_VS = torch.cat([heads.bonus_of(scored[ids]) for ids in every])
             self.read_VS = torch.cat([heads.read(embed(ids)) for ids in every])
 

@@ -158,19 +158,21 @@ def is_kin(model: Any) -> bool:
 
 def layer_of(block: Any) -> Layer:
     attention, mlp = block.self_attn, block.mlp
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     return Layer(
-        norm_of(block.input_layernorm),
-        *(product_of(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)),
-        *(norm and norm_of(norm) for norm in norms),
-        product_of(attention.o_proj),
-        norm_of(block.post_attention_layernorm),
-        product_of(mlp.gate_proj),
-        product_of(mlp.up_proj),
-        mlp.act_fn,
-        product_of(mlp.down_proj),
-        attention.head_dim,
-        attention.scaling,
+        before=norm_of(block.input_layernorm),
+        q=product_of(attention.q_proj),
+        k=product_of(attention.k_proj),
+        v=product_of(attention.v_proj),
+        of_q=norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        of_k=norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        o=product_of(attention.o_proj),
+        after=norm_of(block.post_attention_layernorm),
+        gate=product_of(mlp.gate_proj),
+        up=product_of(mlp.up_proj),
+        act=mlp.act_fn,
+        down=product_of(mlp.down_proj),
+        width=attention.head_dim,
+        scale=attention.scaling,
     )
 
 
