@@ -102,13 +102,13 @@ class LeanLayers:
         """x after the layer, in the place of x before it."""
         read_MD = layer.before(x_MD)
         q_MHE, k_MGE, v_MGE = (
-            product(read_MD).unflatten(-1, (-1, layer.width))
+            product(read_MD).view(len(read_MD), -1, layer.width)
             for product in (layer.q, layer.k, layer.v)
         )
         if layer.of_q is not None and layer.of_k is not None:
             q_MHE, k_MGE = layer.of_q(q_MHE), layer.of_k(k_MGE)
         q_BHNE, k_BGNE, v_BGNE = (
-            part.unflatten(0, shape).transpose(1, 2)
+            part.view(*shape, -1, layer.width).transpose(1, 2)
             for part in (turned(q_MHE, *turn), turned(k_MGE, *turn), v_MGE)
         )
         k_BGWE, v_BGWE = cache.write(index, k_BGNE, v_BGNE)
