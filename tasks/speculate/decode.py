@@ -214,14 +214,14 @@ class Writer:
             ids_BT[row, : len(prompt)] = torch.tensor(prompt)
         cache.place([virtual] * len(prompts), longest)
         seen_TW = torch.ones((longest, virtual + longest), dtype=torch.bool, device=device)
-        seen_TW = seen_TW.tril(virtual)
-        hidden_BTD = self._layers(
-            cache,
-            ids_BT.to(device),
-            torch.arange(virtual, virtual + longest, device=device).expand(len(prompts), -1),
-            seen_TW.expand(len(prompts), 1, -1, -1),
-        )
-        last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        seen_B1TW = seen_TW.tril(virtual).expand(len(prompts), 1, -1, -1)
+        positions_BT = torch.arange(virtual, virtual + longest, device=device)
+        positions_BT = positions_BT.expand(len(prompts), -1)
+        lengths = list(map(len, prompts))
+        if self.lean is not None:
+            return self.lean.read(cache, ids_BT.to(device), positions_BT, seen_B1TW, lengths)
+        hidden_BTD = self._layers(cache, ids_BT.to(device), positions_BT, seen_B1TW)
+        last_B = torch.tensor(lengths, device=device) - 1
         return hidden_BTD[torch.arange(len(prompts), device=device), last_B]
 
     def _pass(

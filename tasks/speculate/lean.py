@@ -78,16 +78,55 @@ class LeanLayers:
         seen_B1NW: torch.Tensor,
     ) -> torch.Tensor:
         """x_BND. seen_B1NW: whether a node attends to a slot; every node to one at least."""
+        x_MD = self._run(cache, ids_BN, positions_BN, seen_B1NW, None, None)
+        return x_MD.view(*ids_BN.shape, -1)
+
+    def read(
+        self,
+        cache: SlotCache,
+        ids_BN: torch.Tensor,
+        positions_BN: torch.Tensor,
+        seen_B1NW: torch.Tensor,
+        lengths: list[int],
+    ) -> torch.Tensor:
+        """x_BD at the last token of each row, of which the first `lengths` are real: what fills
+        them up is left out of all products, and of the last layer all but those."""
         rows, nodes = ids_BN.shape
-        x_BND = self.embed(ids_BN)
-        cos_BNE, sin_BNE = self.rotary(x_BND, positions_BN)
-        turn = cos_BNE.flatten(0, 1)[:, None], signed(sin_BNE).flatten(0, 1)[:, None]
-        mask_B1NW = torch.zeros(seen_B1NW.shape, dtype=x_BND.dtype, device=x_BND.device)
+        device = ids_BN.device
+        length_B1 = torch.tensor(lengths, device=device)[:, None]
+        real_BN = torch.arange(nodes, device=device) < length_B1
+        ends_B = torch.arange(rows, device=device) * nodes + length_B1[:, 0] - 1
+        real_M = real_BN.flatten().nonzero()[:, 0]
+        return self._run(cache, ids_BN, positions_BN, seen_B1NW, real_M, ends_B)
+
+    def _run(
+        self,
+        cache: SlotCache,
+        ids_BN: torch.Tensor,
+        positions_BN: torch.Tensor,
+        seen_B1NW: torch.Tensor,
+        real_M: torch.Tensor | None,
+        ends_B: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """real_M: places of the tokens that count among all; None: all. ends_B: of those that are
+        given back."""
+        ids_M, positions_M = ids_BN.flatten(), positions_BN.flatten()
+        if real_M is not None:
+            ids_M, positions_M = ids_M[real_M], positions_M[real_M]
+        x_1MD = self.embed(ids_M[None])
+        cos_1ME, sin_1ME = self.rotary(x_1MD, positions_M[None])
+        turn = cos_1ME[0][:, None], signed(sin_1ME)[0][:, None]
+        mask_B1NW = torch.zeros(seen_B1NW.shape, dtype=x_1MD.dtype, device=x_1MD.device)
         mask_B1NW.masked_fill_(~seen_B1NW, -torch.inf)
-        x_MD = x_BND.flatten(0, 1).clone()
-        for index, layer in enumerate(self.layers):
-            x_MD = self._layer(cache, index, layer, x_MD, (rows, nodes), turn, mask_B1NW)
-        return self.last(x_MD).view(rows, nodes, -1)
+        x_MD = x_1MD[0].clone()
+        *first, last = self.layers
+        spread = Spread(ids_BN.shape, real_M, real_M)
+        for index, layer in enumerate(first):
+            x_MD = self._layer(cache, index, layer, x_MD, spread, turn, mask_B1NW)
+        if real_M is not None and ends_B is not None:
+            spread = Spread(ids_BN.shape, real_M, ends_B)
+        x_MD = self._layer(cache, len(first), last, x_MD, spread, turn, mask_B1NW)
+        return self.last(x_MD)
 
     @staticmethod
     def _layer(
@@ -95,11 +134,11 @@ class LeanLayers:
         index: int,
         layer: Layer,
         x_MD: torch.Tensor,
-        shape: tuple[int, int],
+        spread: Spread,
         turn: tuple[torch.Tensor, torch.Tensor],
         mask_B1NW: torch.Tensor,
     ) -> torch.Tensor:
-        """x after the layer, in the place of x before it."""
+        """x after the layer; x before it is written over."""
         read_MD = layer.before(x_MD)
         q_MHE, k_MGE, v_MGE = (
             product(read_MD).view(len(read_MD), -1, layer.width)
@@ -108,7 +147,7 @@ class LeanLayers:
         if layer.of_q is not None and layer.of_k is not None:
             q_MHE, k_MGE = layer.of_q(q_MHE), layer.of_k(k_MGE)
         q_BHNE, k_BGNE, v_BGNE = (
-            part.view(*shape, -1, layer.width).transpose(1, 2)
+            spread.out(part).transpose(1, 2)
             for part in (turned(q_MHE, *turn), turned(k_MGE, *turn), v_MGE)
         )
         k_BGWE, v_BGWE = cache.write(index, k_BGNE, v_BGNE)
@@ -120,10 +159,40 @@ class LeanLayers:
             scale=layer.scale,
             enable_gqa=q_BHNE.shape[1] != k_BGWE.shape[1],
         )
-        x_MD += layer.o(mixed_BHNE.transpose(1, 2).flatten(0, 1).flatten(1))
+        x_MD = spread.kept(x_MD)
+        x_MD += layer.o(spread.back(mixed_BHNE.transpose(1, 2).flatten(0, 1).flatten(1)))
         read_MD = layer.after(x_MD)
         x_MD += layer.down(layer.act(layer.gate(read_MD)).mul_(layer.up(read_MD)))
         return x_MD
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Between tokens in one line, as products take them, and rows of one length, as attention
+    does. shape: [B, N]. real_M: places of the tokens in the line, None where all are. wanted:
+    places of those that go on behind attention."""
+
+    shape: tuple[int, ...]
+    real_M: torch.Tensor | None
+    wanted: torch.Tensor | None
+
+    def out(self, part_MHE: torch.Tensor) -> torch.Tensor:
+        """[B, N, H, E]; zeros where no token is."""
+        if self.real_M is None:
+            return part_MHE.view(*self.shape, *part_MHE.shape[1:])
+        whole = part_MHE.new_zeros((self.shape[0] * self.shape[1], *part_MHE.shape[1:]))
+        whole.index_copy_(0, self.real_M, part_MHE)
+        return whole.view(*self.shape, *part_MHE.shape[1:])
+
+    def back(self, mixed_AD: torch.Tensor) -> torch.Tensor:
+        """Of all A = B N places the wanted ones."""
+        return mixed_AD if self.wanted is None else mixed_AD.index_select(0, self.wanted)
+
+    def kept(self, x_MD: torch.Tensor) -> torch.Tensor:
+        """Of the line the wanted ones."""
+        if self.wanted is None or self.real_M is None or self.wanted is self.real_M:
+            return x_MD
+        return x_MD.index_select(0, torch.searchsorted(self.real_M, self.wanted))
 
 
 def signed(sin: torch.Tensor) -> torch.Tensor:
