@@ -325,6 +325,8 @@ class Writer:
         positions_BN: torch.Tensor,
         seen_B1NW: torch.Tensor,
     ) -> torch.Tensor:
+        # Slots that fill the last lanes hold nothing.
+        seen_B1NW = torch.nn.functional.pad(seen_B1NW, (0, cache.width - seen_B1NW.shape[-1]))
         if self.eager:
             # Eager attention adds its mask.
             lowest = torch.finfo(cache.kv.dtype).min
