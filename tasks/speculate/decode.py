@@ -102,7 +102,7 @@ class Writer:
     ) -> None:
         """Raises a HeadsError where the heads are of another model."""
         self.parts, self.lookup, self.heads = parts, lookup, None
-        self.guard = None if heads is None else Guard(heads.config, parts)
+        self.guard = Guard(None if heads is None else heads.config, parts)
         if heads is not None:
             weight = parts.scored
             # A copy: the heads themselves stay in the precision that they are trained in.
@@ -127,10 +127,10 @@ class Writer:
 
         Raises:
             PromptError: a prompt without tokens, or with more than the model has positions.
-            HeadsError: the model is another one by now than the heads are for.
+            HeadsError: the model is another one by now than the heads are for, or its soft prompt
+                is another one.
         """
-        if self.guard is not None:
-            self.guard.require()
+        self.guard.require()
         choice, account = choice or Greedy(), Account()
         started = time.perf_counter()
         self._require_writable(prompts)
