@@ -105,7 +105,7 @@ class Writer:
         """Raises a HeadsError where the heads are of another model."""
         self.parts, self.lookup = parts, lookup
         self.drafter: Drafter | None = None
-        self.guard = None if heads is None else Guard(heads.config, parts)
+        self.guard = Guard(None if heads is None else heads.config, parts)
         if heads is not None:
             weight = parts.scored
             # A copy: the heads themselves stay in the precision that they are trained in.
@@ -132,10 +132,10 @@ class Writer:
 
         Raises:
             PromptError: a prompt without tokens, or with more than the model has positions.
-            HeadsError: the model is another one by now than the heads are for.
+            HeadsError: the model is another one by now than the heads are for, or its soft prompt
+                is another one.
         """
-        if self.guard is not None:
-            self.guard.require()
+        self.guard.require()
         choice, account = choice or Greedy(), Account()
         started = time.perf_counter()
         self._require_writable(prompts)
@@ -213,7 +213,7 @@ class Writer:
         for row, prompt in enumerate(prompts):
             ids_BT[row, : len(prompt)] = torch.tensor(prompt)
         cache.place([virtual] * len(prompts), longest)
-        seen_TW = torch.ones((longest, virtual + longest), dtype=torch.bool, device=device)
+        seen_TW = torch.ones((longest, cache.width), dtype=torch.bool, device=device)
         seen_B1TW = seen_TW.tril(virtual).expand(len(prompts), 1, -1, -1)
         positions_BT = torch.arange(virtual, virtual + longest, device=device)
         positions_BT = positions_BT.expand(len(prompts), -1)
@@ -302,8 +302,10 @@ class Writer:
         cache.place(lengths, nodes)
         device = seen_BNN.device
         if cache.start is not None:
-            before_BNL = torch.ones((rows, nodes, cache.start), dtype=torch.bool, device=device)
-            seen_BNW = torch.cat([before_BNL, seen_BNN], -1)
+            # Slots behind the nodes only fill the last lanes.
+            seen_BNW = seen_BNN.new_zeros((rows, nodes, cache.width))
+            seen_BNW[..., : cache.start] = True
+            seen_BNW[..., cache.start : cache.start + nodes] = seen_BNN
             first_B1: torch.Tensor | int = cache.start
         else:
             first_B1 = torch.tensor(lengths, device=device)[:, None]
