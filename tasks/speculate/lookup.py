@@ -41,9 +41,9 @@ class Lookup:
                     self.ended[tuple(self.tokens[end - count : end])] = end
         self.known = len(self.tokens)
         for count in ALIKE:
-            end = self.ended.get(tuple(self.tokens[-count:]))
-            if end is not None and len(self.tokens) > count:
-                return self.tokens[end : end + COPIED]
+            found = self.ended.get(tuple(self.tokens[-count:]))
+            if found is not None and len(self.tokens) > count:
+                return self.tokens[found : found + COPIED]
         return []
 
 
