@@ -33,7 +33,7 @@ QUICKSTART = RECIPES / "quickstart"
 BASE = QUICKSTART / "base"
 
 #: The heads of all subjects. Half as many texts as by default, read as often again.
-TURBO = Turbo(prompts=1000, epochs=12)
+TURBO = Turbo(heads=7, prompts=1000, epochs=12)
 
 #: Of the grown base: times as wide, blocks, and how far apart copies start.
 TIMES, LAYERS, NOISE = 4, 10, 0.4
