@@ -218,11 +218,18 @@ def is_kin(model: Any) -> bool:
         return False
     parts = {"": "DecoderLayer", "self_attn": "Attention", "mlp": "MLP"}
     whole = [model, *(module for block in blocks for module in block.modules())]
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in whole) and all(
+    return not any(map(is_changed, whole)) and all(
         type(block.get_submodule(part)).__name__ == f"{name}{kind}"
         for block in blocks
         for part, kind in parts.items()
     )
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether something watches a module's calls, or took its `forward` over (accelerate does for
+    layers on several devices)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def layer_of(block: Any) -> Layer:

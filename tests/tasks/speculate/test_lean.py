@@ -137,3 +137,6 @@ def test_who_is_no_kin() -> None:
     hooked = made("llama").model
     hooked.layers[0].self_attn.register_forward_pre_hook(lambda *of: None)
     assert not is_kin(hooked)
+    taken = made("llama").model
+    taken.layers[1].mlp.forward = lambda x: x
+    assert not is_kin(taken)
