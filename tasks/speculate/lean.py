@@ -216,13 +216,22 @@ def is_kin(model: Any) -> bool:
     name = type(blocks[0]).__name__.removesuffix("DecoderLayer")
     if name not in KIN or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
-    parts = {"": "DecoderLayer", "self_attn": "Attention", "mlp": "MLP"}
-    whole = [model, *(module for block in blocks for module in block.modules())]
+    whole = [model, model.norm, *(module for block in blocks for module in block.modules())]
+    known = [(model.norm, "RMSNorm")]
+    for block in blocks:
+        known += [(block, "DecoderLayer"), (block.self_attn, "Attention"), (block.mlp, "MLP")]
+        known += [(norm, "RMSNorm") for norm in norms_of(block)]
     return not any(map(is_changed, whole)) and all(
-        type(block.get_submodule(part)).__name__ == f"{name}{kind}"
-        for block in blocks
-        for part, kind in parts.items()
+        type(module).__name__ == f"{name}{kind}" for module, kind in known
     )
+
+
+def norms_of(block: Any) -> list[nn.Module]:
+    """A layer's, with those of its heads where it has them."""
+    attention = block.self_attn
+    of_heads = [getattr(attention, part, None) for part in ("q_norm", "k_norm")]
+    both = [block.input_layernorm, block.post_attention_layernorm, *of_heads]
+    return [norm for norm in both if norm is not None]
 
 
 def is_changed(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.speculate.decode import Row, Writer
@@ -122,6 +122,21 @@ def test_an_adapter_that_came_later_acts() -> None:
     lean, own = both(adapted, PROMPTS)
     assert torch.equal(lean, own)
     assert torch.equal(lean, after)
+
+
+def test_norms_that_are_tuned_and_vectors_in_layers() -> None:
+    """PEFT puts a layer of its own around a norm, which is then no norm of Llama's; IA3's stand
+    where products are, and act."""
+    for name in ("input_layernorm", "model.norm"):
+        tuned = get_peft_model(made("llama"), LNTuningConfig(target_modules=[name]))
+        assert not is_kin(tuned.get_base_model().model)
+    vectors = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    adapted = get_peft_model(made("llama"), vectors)
+    for name, weight in adapted.named_parameters():
+        if "ia3_l" in name:
+            weight.data.normal_()
+    lean, own = both(adapted, PROMPTS)
+    assert torch.equal(lean, own)
 
 
 def test_who_is_no_kin() -> None:
