@@ -69,6 +69,8 @@ PEAKS = (1, 64)
 #: Turns of each batch size, without those that warm up.
 TURNS = {1: 24, 4: 10, 16: 8, 64: 6}
 QUICK_TURNS = {1: 6, 16: 3}
+#: Times as many of the small model's, which are short.
+MORE_TURNS = {"embedded": 4}
 WARM_UPS = 2
 #: Answers whose accepted lengths are compared, and nodes of their trees.
 COMPARED, NODES = 32, (16, 64)
@@ -117,7 +119,7 @@ def measure(work: Path, tasks: list[str], quick: bool) -> list[Result]:
             began = time.monotonic()
             rows += bench.training() + bench.lengths()
             for batch, turns in (QUICK_TURNS if quick else TURNS).items():
-                found, beside = bench.speeds(batch, turns)
+                found, beside = bench.speeds(batch, turns * MORE_TURNS.get(size, 1))
                 rows += found
                 slowest.append((beside, f"x: {bench.title}, batch {batch}"))
                 print(f"{slowest[-1]}", file=sys.stderr, flush=True)
