@@ -151,13 +151,18 @@ class LeanLayers:
             for part in (turned(q_MHE, *turn), turned(k_MGE, *turn), v_MGE)
         )
         k_BGWE, v_BGWE = cache.write(index, k_BGNE, v_BGNE)
+        groups = q_BHNE.shape[1] // k_BGWE.shape[1]
+        on_cpu = q_BHNE.device.type == "cpu"
+        if groups > 1 and not on_cpu:
+            # On a GPU no fast kernel takes a mask and fewer heads of keys both.
+            k_BGWE, v_BGWE = (part.repeat_interleave(groups, 1) for part in (k_BGWE, v_BGWE))
         mixed_BHNE = F.scaled_dot_product_attention(
             q_BHNE,
             k_BGWE,
             v_BGWE,
             attn_mask=mask_B1NW,
             scale=layer.scale,
-            enable_gqa=q_BHNE.shape[1] != k_BGWE.shape[1],
+            enable_gqa=groups > 1 and on_cpu,
         )
         x_MD = spread.kept(x_MD)
         x_MD += layer.o(spread.back(mixed_BHNE.transpose(1, 2).flatten(0, 1).flatten(1)))
