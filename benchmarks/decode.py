@@ -1,12 +1,16 @@
 """Decoding with Turbo heads beside transformers' generate() and Medusa-1's heads.
 
     python benchmarks/decode.py [--quick] [--work DIR] [--tasks json]
+    python benchmarks/decode.py --ties [--sizes embedded] [--work DIR] [--tasks json]
 
 Two models (the embedded base; the same grown to 128 M parameters, whose decoding is bound by
 memory traffic), each tuned on two tasks (`speculation/subjects.py`), in bfloat16. All contenders
 write the same greedy answers to the same test prompts and take turns; prompts are in the time.
 Ratios are of seconds a token in the same turn: their median and its 95 % interval. Accepted
 lengths are compared on trees of a fixed number of nodes, where no clock takes part.
+
+`--ties` times nothing: of all test prompts, how many answers part from generate()'s or from our own
+loop's without drafts, and whether the two likeliest tokens were a near tie there.
 
 Models, heads and states are made first, and kept in DIR for the next time.
 """
@@ -21,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 from common import Result, at_least, at_most, write
@@ -41,6 +46,7 @@ from speculation.contenders import (
 from speculation.material import desk_of, learned, loaded, prompts_of
 from speculation.medusa import saved_medusa
 from speculation.subjects import SIZES, TASKS, TURBO, subject
+from speculation.ties import partings
 
 from schemas.report import Interval
 from tasks.core import runtime
@@ -55,14 +61,21 @@ ROOT = Path(__file__).resolve().parents[1]
 BARS = {"grown, json": {1: {"generate": 3.5, "speculation": 2.0}, 16: {"generate": 2.0}}}
 #: Subjects' task and batch size with a compiled forward pass: inductor takes most of a minute.
 COMPILED = ("json", 1)
+#: The subject whose LoRA and heads are trained once more, one after the other: what was made before
+#: was made beside who knows what.
+TIMED = "grown, json"
 #: Batch sizes whose peak memory is measured.
 PEAKS = (1, 64)
 #: Turns of each batch size, without those that warm up.
 TURNS = {1: 24, 4: 10, 16: 8, 64: 6}
 QUICK_TURNS = {1: 6, 16: 3}
+#: Times as many of the small model's, which are short.
+MORE_TURNS = {"embedded": 4}
 WARM_UPS = 2
 #: Answers whose accepted lengths are compared, and nodes of their trees.
 COMPARED, NODES = 32, (16, 64)
+#: Rows of a batch whose answers are compared to the token.
+TIED = 8
 
 
 def main() -> None:
@@ -70,6 +83,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the JSON task alone, batch 1 and 16")
     parser.add_argument("--work", type=Path, help="keep what is made here; else nothing is kept")
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: all of them")
+    parser.add_argument("--ties", action="store_true", help="compare answers, time nothing")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="with --ties; default: both")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
@@ -83,9 +98,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="decode-") as name:
         work = (arguments.work or Path(name)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        rows = measure(work, arguments.tasks.split(","), arguments.quick)
+        if arguments.ties:
+            rows = ties(work, arguments.tasks.split(","), arguments.sizes.split(","))
+        else:
+            rows = measure(work, arguments.tasks.split(","), arguments.quick)
     write(
-        "decode", rows, quick=arguments.quick, notes=" ".join(__doc__.split("\n\n", 2)[2].split())
+        "ties" if arguments.ties else "decode",
+        rows,
+        quick=arguments.quick,
+        notes=" ".join(__doc__.split("\n\n", 2)[2].split()),
     )
 
 
@@ -98,7 +119,7 @@ def measure(work: Path, tasks: list[str], quick: bool) -> list[Result]:
             began = time.monotonic()
             rows += bench.training() + bench.lengths()
             for batch, turns in (QUICK_TURNS if quick else TURNS).items():
-                found, beside = bench.speeds(batch, turns)
+                found, beside = bench.speeds(batch, turns * MORE_TURNS.get(size, 1))
                 rows += found
                 slowest.append((beside, f"x: {bench.title}, batch {batch}"))
                 print(f"{slowest[-1]}", file=sys.stderr, flush=True)
@@ -109,6 +130,33 @@ def measure(work: Path, tasks: list[str], quick: bool) -> list[Result]:
         for name in (GENERATE, PLAIN, HEADS, MEDUSA):
             mib = spawn_peak(work, "grown", "json", name, str(batch))
             rows.append(Result(f"grown, json, batch {batch}, {name}: peak", round(mib), "MiB"))
+    return rows
+
+
+def ties(work: Path, tasks: list[str], sizes: list[str]) -> list[Result]:
+    """Of the loop without drafts and with heads, at one batch size and at a fixed number of nodes:
+    answers that part from another's, and the widest gap where they do."""
+    rows: list[Result] = []
+    for task, size in product(tasks, sizes):
+        bench = Bench(size, task, work)
+        heads, desk = bench.heads, bench.desk
+        writers = {
+            GENERATE: desk.generate(),
+            PLAIN: desk.loop(),
+            HEADS: desk.loop(heads, lookup=True, pace=Fixed(NODES[0])),
+        }
+        found: dict[str, list[list[int]]] = {name: [] for name in writers}
+        for at in range(0, len(bench.prompts), TIED):
+            for name, write_ in writers.items():
+                found[name] += write_(bench.prompts[at : at + TIED])[0]
+        for one, other in ((PLAIN, GENERATE), (HEADS, GENERATE), (HEADS, PLAIN)):
+            parted = partings(bench.model, bench.prompts, found[one], found[other])
+            told = f"{bench.title}, {one} from {other}"
+            rows += [
+                Result(f"{told}: answers that part", parted.rate, f"share of {parted.texts}"),
+                at_most(f"{told}: widest gap", parted.widest, "of twice the noise", 1.0),
+            ]
+            print(rows[-2:], parted, file=sys.stderr, flush=True)
     return rows
 
 
@@ -240,16 +288,20 @@ class Bench:
     def training(self) -> list[Result]:
         """What the heads cost to train, a token, beside the LoRA before them."""
         lora, heads = self.subject.lora.facts, self.entry.facts
+        if self.title == TIMED:
+            lora, heads = (entry.facts for entry in self.subject.trained_again(TURBO))
         share = lora["tokens_per_s"] / heads["tokens_per_s"]
         seconds = self.entry.manifest.provenance.seconds
         told = f"{self.title}, training"
         parameters = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        name = f"{told}: heads' time to LoRA's, a token"
+        beside = at_most(name, share, "x", 0.15) if self.title == TIMED else None
         return [
             Result(f"{told}: parameters of the model", round(parameters, 1), "M"),
             Result(f"{told}: loss of the LoRA at the end", lora["final_loss"], "nats"),
             Result(f"{told}: LoRA", round(lora["tokens_per_s"]), "tokens/s"),
             Result(f"{told}: heads", round(heads["tokens_per_s"]), "tokens/s"),
-            at_most(f"{told}: heads' time to LoRA's, a token", share, "x", 0.15),
+            beside or Result(name, round(share, 3), "x, not one after the other"),
             Result(f"{told}: heads, the whole stage", seconds, "s"),
         ]
 

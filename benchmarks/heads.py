@@ -29,7 +29,7 @@ from schemas.turbo import Turbo
 from tasks.core.checkpoint import Checkpoints
 from tasks.core.tokens import TokenRows
 from tasks.core.waiting import waiting
-from tasks.speculate import tree
+from tasks.speculate import draft
 from tasks.speculate.heads import HeadsConfig, TurboHeads
 from tasks.speculate.pace import Fixed
 from tasks.turbo import continuations
@@ -45,7 +45,7 @@ class Variant:
     """rank, state: None: as the recipe's default has them. chain: one draft of each head."""
 
     name: str
-    heads: int = 5
+    heads: int = TURBO.heads
     rank: int | None = None
     state: int | None = None
     chain: bool = False
@@ -75,7 +75,8 @@ VARIANTS = (
     Variant("a state of 32", state=32),
     Variant("a state of 256", state=256),
     Variant("3 heads", heads=3),
-    Variant("7 heads", heads=7),
+    Variant("5 heads", heads=5),
+    Variant("9 heads", heads=9),
     Variant("learned from the given answers", given=True),
 )
 QUICK = ("as it is", "a chain, no tree", "no state")
@@ -115,8 +116,8 @@ def measure(own: Subject, turbo: Turbo, work: Path, quick: bool) -> list[Result]
         held = written.states.texts(written.held)
         with torch.inference_mode():
             loss = float(heads_loss(heads, desk.parts, held, turbo, heads.config.state > 0))
-        one = 1 if variant.chain else tree.CANDIDATES
-        with patch.object(tree, "CANDIDATES", one), patch.object(tree, "BEAM", one):
+        one = 1 if variant.chain else draft.CANDIDATES
+        with patch.object(draft, "CANDIDATES", one), patch.object(draft, "BEAM", one):
             _, account = desk.loop(heads, pace=Fixed(NODES))(prompts)
         assert account is not None
         shape = f"{heads.config.heads} heads, rank {heads.config.rank}, state {heads.config.state}"

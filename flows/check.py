@@ -10,6 +10,7 @@ from flows.cost import Costs, costs, maker
 from flows.home import Home
 from flows.hub import offline
 from flows.plan import Found, planned
+from flows.rate import rates
 from flows.screen import Screen
 from flows.work import Bench
 from schemas.load import load_recipe
@@ -46,9 +47,9 @@ def plan_recipe(
     """What each candidate would cost, and the steps. A base given by its shape has no steps."""
     recipe = load_recipe(recipe_path, overrides)
     home.open()
-    with maker(recipe, home) as make:
+    with maker(recipe, home) as make, rates(recipe.base.dtype, home) as rate:
         if recipe.base.shape is not None:
-            return Planned([], {}, costs(recipe, None, home, device, make))
+            return Planned([], {}, costs(recipe, None, home, device, make, rate))
         calls = Calls(recipe, recipe_path, home)
         steps, later = planned(calls)
-        return Planned(steps, later, costs(recipe, calls, home, device, make))
+        return Planned(steps, later, costs(recipe, calls, home, device, make, rate))

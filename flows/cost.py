@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from flows.calls import Calls, cost_spec
-from flows.execute import ahead, bound, run_stage, tell_child
+from flows.execute import ahead, run_stage
 from flows.home import Home
-from flows.machine import fingerprint, known_dtype, resolve_dtype
-from flows.remember import Memory
+from flows.machine import known_dtype, resolve_dtype
+from flows.rate import Rate
 from flows.search import trials_of, wants_search
 from schemas.cost import Cost, CostReport
-from schemas.errors import StageError, UserError
+from schemas.errors import UserError
 from schemas.recipe import Recipe
 from schemas.stages import Call, CostSpec
-from tasks.core.files import sha256_json
 from tasks.core.store import Entry, Store
 
 SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|TiB)\s*$", re.IGNORECASE)
@@ -62,10 +57,18 @@ def maker(recipe: Recipe, home: Home) -> Iterator[Make]:
         yield lambda call: run_stage(call, home, lambda event: None)
 
 
-def costs(recipe: Recipe, calls: Calls | None, home: Home, device: str | None, make: Make) -> Costs:
+def costs(
+    recipe: Recipe,
+    calls: Calls | None,
+    home: Home,
+    device: str | None,
+    make: Make,
+    rate: Rate,
+) -> Costs:
     """Each candidate's costs; from the store where they were found before.
 
-    calls: None where the recipe gives a shape in place of a base. make: see `maker`.
+    calls: None where the recipe gives a shape in place of a base. make: see `maker`. rate: what
+    says how fast this machine multiplies, asked when nothing else runs.
 
     Raises:
         UserError: a device that is no size, or a candidate that cannot be built.
@@ -78,16 +81,14 @@ def costs(recipe: Recipe, calls: Calls | None, home: Home, device: str | None, m
     else:
         dtype = calls.dtype
         call = calls.cost(store.find(calls.prepare().call)).call
-    with rate(dtype, home) as measured:
-        entry = store.find(call) or make(call)
-        speed = measured()
+    entry = store.find(call) or make(call)
     found = CostReport.model_validate_json((entry.path / "plan.json").read_bytes()).candidates
     trainings, flops = in_all(recipe, found)
     return Costs(
         found,
         size,
         device or "this machine now",
-        speed * EFFICIENCY[dtype],
+        rate(dtype) * EFFICIENCY[dtype],
         "prepared" in call.inputs,
         trainings,
         flops,
@@ -127,37 +128,6 @@ def in_all(recipe: Recipe, found: dict[str, Cost]) -> tuple[int, float | None]:
         known = known and own is not None
         flops += share * (own or 0.0)
     return trainings, flops if known else None
-
-
-@contextmanager
-def rate(dtype: str, home: Home) -> Iterator[Callable[[], float]]:
-    """What says how fast this machine multiplies, FLOP/s: `tasks.cost.calibrate`, once for each
-    machine. Its process imports while others work, and measures when it is asked."""
-    memory = Memory(home.cache / "machine.json")
-    key = f"products in {dtype} {fingerprint()} {sha256_json(os.cpu_count())[:8]}"
-    answer = memory.get(key)
-    if isinstance(answer, float):
-        yield lambda: answer
-        return
-    command = [sys.executable, "-P", "-m", "tasks.cost.calibrate", dtype]
-    with (
-        tempfile.TemporaryFile() as errors,
-        bound(command, home.environment(), errors, subprocess.PIPE) as child,
-    ):
-
-        def measured() -> float:
-            tell_child(child, "now")
-            assert child.stdout is not None
-            words = child.stdout.read()
-            if child.wait() != 0:
-                errors.seek(0)
-                told = errors.read()[-2000:].decode(errors="replace")
-                raise StageError(f"products cannot be timed:\n{told}")
-            found = float(words)
-            memory.put(key, found)
-            return found
-
-        yield measured
 
 
 def size_mib(text: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -34,9 +35,13 @@ def resolve_dtype(wanted: str, home: Home) -> Dtype:
     probe = subprocess.run(
         [sys.executable, "-P", "-c", PROBE], env=environment, capture_output=True, text=True
     )
-    answer = probe.stdout.strip()
+    return remember_dtype(probe.stdout.strip(), home, lambda: probe.stderr[-2000:])
+
+
+def remember_dtype(answer: str, home: Home, why: Callable[[], str]) -> Dtype:
+    """What torch said is the dtype. why: what a process said that gave no answer."""
     if answer not in DTYPES:
-        raise StageError(f"torch cannot be asked for its data types:\n{probe.stderr[-2000:]}")
+        raise StageError(f"torch cannot be asked for its data types:\n{why()}")
     _memory(home).put(f"dtype {fingerprint()}", answer)
     return DTYPES[answer]
 

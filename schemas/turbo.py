@@ -10,7 +10,7 @@ from schemas.frozen import Frozen
 class Turbo(Frozen):
     """Heads that draft tokens ahead, trained on what the finished model itself writes."""
 
-    heads: int = Field(5, ge=1, le=16, description="Tokens that are drafted ahead.")
+    heads: int = Field(7, ge=1, le=16, description="Tokens that are drafted ahead.")
     rank: int | None = Field(
         None,
         ge=1,

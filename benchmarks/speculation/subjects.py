@@ -12,6 +12,7 @@ home, by key: what is there already is not made again.
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +89,24 @@ class Subject:
     home: Home
     calls: Calls
     rows: Entry
+    lora_call: Call
     lora: Entry
     merged: Entry
 
     def heads(self, turbo: Turbo) -> Entry:
         return made(self.calls.turbo("", turbo, self.rows, self.merged).call, self.home)
+
+    def trained_again(self, turbo: Turbo) -> tuple[Entry, Entry]:
+        """LoRA and heads once more, one right after the other: to compare how long each takes."""
+        again = Home(self.home.root / "again")
+        shutil.rmtree(again.root, ignore_errors=True)
+        for folder in (again.cache, again.logs, again.store):
+            folder.mkdir(parents=True)
+        for stage in ("prepare", "merge"):
+            (again.store / stage).symlink_to(self.home.store / stage)
+        calls = (self.lora_call, self.calls.turbo("", turbo, self.rows, self.merged).call)
+        lora, heads = (made(call, again) for call in calls)
+        return lora, heads
 
 
 def subject(size: str, name: str, work: Path, rows: int | None = None) -> Subject:
@@ -114,9 +128,10 @@ def subject(size: str, name: str, work: Path, rows: int | None = None) -> Subjec
     loaded = load_recipe(path)
     calls = Calls(loaded, path, home)
     prepared = made(calls.prepare().call, home)
-    lora = made(calls.train(loaded.candidates[0], prepared).call, home)
+    training = calls.train(loaded.candidates[0], prepared).call
+    lora = made(training, home)
     merged = made(calls.merge("", prepared, lora).call, home)
-    return Subject(task, base, home, calls, prepared, lora, merged)
+    return Subject(task, base, home, calls, prepared, training, lora, merged)
 
 
 def recipe(size: str, name: str, base: Path, train: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ has, and of bitsandbytes' product of 4-bit weights.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
 
 
+@cache
 def _formula(func: Any) -> Any:
     """torch's own formula; what is done in place costs what it costs out of place."""
     if is_four_bits(func):

@@ -11,3 +11,4 @@ if __name__ == "__main__":
 
     lean.started()
     main(CostSpec, run)
+    lean.end()

@@ -1,7 +1,10 @@
-"""How fast this machine multiplies, FLOP/s: `python -m tasks.cost.calibrate DTYPE < /dev/null`.
+"""What `dtype: auto` means on this machine, and how fast it multiplies, FLOP/s.
 
-Products of a layer's shape, 1,024 tokens, at three widths; medians. They are timed when standard
-input has ended, so that a process can have imported torch before the machine is quiet.
+    echo float32 | python -m tasks.cost.calibrate
+
+The first line tells the one. Products are timed when standard input has ended with a dtype, so that
+a process can have imported torch before the machine is quiet: of a layer's shape, 1,024 tokens, at
+three widths; medians.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ import time
 
 import torch
 
-from tasks.core.runtime import TORCH_DTYPES, device
+from tasks.core.runtime import TORCH_DTYPES, device, resolve_dtype
+from tasks.cost import lean
 
 TOKENS = 1024
 WIDTHS = (256, 512, 1024)
-REPEATS = 5
+#: Of which the first is not counted: it wakes the threads and chooses a kernel.
+REPEATS = 4
 
 
 def middle_rate(dtype: torch.dtype) -> float:
@@ -25,23 +30,23 @@ def middle_rate(dtype: torch.dtype) -> float:
 
 
 def rate(width: int, dtype: torch.dtype) -> float:
-    """FLOP/s of [TOKENS, width] by [width, 4 width]. Two warm-ups."""
+    """FLOP/s of [TOKENS, width] by [width, 4 width]."""
     place = device()
     x = torch.ones(TOKENS, width, dtype=dtype, device=place)
     w = torch.ones(width, 4 * width, dtype=dtype, device=place)
     times = []
-    for turn in range(REPEATS + 2):
+    for turn in range(REPEATS):
         start = time.perf_counter()
         y = x @ w
         if place.type == "cuda":
             torch.cuda.synchronize()
-        if turn >= 2:
+        if turn >= 1:
             times.append(time.perf_counter() - start)
     assert y.shape == (TOKENS, 4 * width)
     return 2.0 * TOKENS * width * 4 * width / statistics.median(times)
 
 
 if __name__ == "__main__":
-    wanted = TORCH_DTYPES[sys.argv[1]]
-    sys.stdin.read()
-    print(middle_rate(wanted))
+    print(resolve_dtype("auto"), flush=True)
+    print(middle_rate(TORCH_DTYPES[sys.stdin.read().strip()]))
+    lean.end()

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 
 from tasks.core.flops import flops_of, is_four_bits
 from tasks.core.quantised import BLOCK
-from tasks.cost.hollow import Hollow
+from tasks.cost.hollow import Hollow, Room, answer
 
 aten = torch.ops.aten
 #: An operation, and of its tensors the shapes and strides.
@@ -41,24 +41,23 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.products: set[Product] = set()
         self._seen: dict[int, Any] = {}
         for tensor in known:
-            storage = tensor.untyped_storage()
+            storage = _storage(tensor)
             self._seen[id(storage)] = storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
-            return func(*args)
         if func is aten._local_scalar_dense.default and isinstance(args[0], Hollow):
             return False if args[0].dtype == torch.bool else 0
         before = self.live
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = answer(func, args, kwargs) if Hollow in types else func(*args, **kwargs)
         if func is aten.native_batch_norm_backward.default:
             # Without numbers torch makes all three gradients, and the kernel those asked for.
             out = tuple(part if asked else None for part, asked in zip(out, args[-1], strict=True))
-        flops = flops_of(func, args, kwargs or {}, out)
+        flops = flops_of(func, args, kwargs, out)
         self.flops += flops
         if flops:
             self.products |= _compiled(func, args)
-        for value in tree_iter(out):
+        for value in (out,) if isinstance(out, torch.Tensor) else tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self._enter(value)
         # Both at once, as what is made on the way goes when the result is there.
@@ -66,10 +65,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _enter(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
+        storage = _storage(tensor)
+        key = id(storage)
         if key in self._seen:
             return
+        size = storage.nbytes if isinstance(storage, Room) else storage.nbytes()
         self.live += size
 
         def leave(_: Any) -> None:
@@ -85,6 +85,10 @@ def _compiled(func: Any, args: Any) -> set[Product]:
     if tensors[0].dtype != torch.bfloat16:
         return set()
     return {(func.name(), tuple((tuple(x.shape), x.stride()) for x in tensors))}
+
+
+def _storage(tensor: torch.Tensor) -> Any:
+    return tensor.room if isinstance(tensor, Hollow) else tensor.untyped_storage()
 
 
 def _on_the_way(func: Any, args: Any) -> int:

@@ -35,10 +35,12 @@ def side_by_side(works: Sequence[Callable[[], T]]) -> list[T]:
     left = iter(range(len(works)))
     answers: dict[int, T | StageError] = {}
     busy: dict[Connection, tuple[int, ForkProcess]] = {}
+    started: list[ForkProcess] = []
     for _, number in zip(range(forks), left, strict=False):
         ours, theirs = FORK.Pipe()
         fork = FORK.Process(target=_serve, args=(works, theirs), daemon=True)
         fork.start()
+        started.append(fork)
         # The fork's alone, so that its end is the pipe's.
         theirs.close()
         ours.send(number)
@@ -53,6 +55,8 @@ def side_by_side(works: Sequence[Callable[[], T]]) -> list[T]:
                 pipe.send(following)
                 if following is not None:
                     busy[pipe] = following, fork
+    for fork in started:
+        fork.join()
     found: list[T] = []
     for _, answer in sorted(answers.items()):
         if isinstance(answer, StageError):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from schemas.errors import UserError
 from schemas.recipe import Evaluate
 from schemas.report import Speculation, Speed
 from tasks.core.models import load_tokenizer
@@ -29,7 +30,8 @@ from tasks.evaluate.subject import Subject
 from tasks.methods import soft
 from tasks.speculate.decode import Account, Writer
 from tasks.speculate.heads import WEIGHTS, TurboHeads
-from tasks.speculate.parts import parts_of
+from tasks.speculate.parts import NotSpeculableError, parts_of
+from tasks.speculate.trial import require_exact
 
 #: Turns of each batch size, after one that is not timed, and rows of one of them at most.
 TURNS, WARM_UPS = 12, 1
@@ -72,8 +74,14 @@ def measure(
     place: the heads' directory.
     """
     heads = TurboHeads.load(place)
-    parts = parts_of(model)
-    plain, fast = Writer(parts), Writer(parts, heads, lookup=True)
+    try:
+        parts = parts_of(model)
+        plain, fast = Writer(parts), Writer(parts, heads, lookup=True)
+        require_exact(fast)
+    except NotSpeculableError as error:
+        raise UserError.at(
+            "finish.turbo", str(error), "remove `turbo`, or choose another base or candidate"
+        ) from error
     stops = stop_ids(model, load_tokenizer(subject.base), rows)
     assert rows.answer_start is not None, "rows of a causal task"
     prompts = [rows.row(i)[:start].tolist() for i, start in enumerate(rows.answer_start.tolist())]

@@ -19,6 +19,7 @@ from tasks.register.registry import VersionRecord
 from tasks.speculate.choose import Choice, Greedy, Sampled
 from tasks.speculate.decode import Writer
 from tasks.speculate.parts import NotSpeculableError, parts_of
+from tasks.speculate.trial import require_exact
 
 #: Told of text as it is written.
 Listener = Callable[[str], None]
@@ -77,6 +78,7 @@ class Version:
         self.has_heads = self.served.writer is not None
         try:
             self._plain = Writer(parts_of(self.served.model))
+            require_exact(self._plain)
         except NotSpeculableError as error:
             raise UserError.at(
                 name,

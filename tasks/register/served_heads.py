@@ -17,6 +17,8 @@ def writer_with_heads(package: Path, model: Any, tokenizer: Any) -> Any:
 
     Raises:
         RuntimeError: they were made for another tokenizer. HeadsError: for another model.
+        NotSpeculableError: the libraries here read a tree of drafts otherwise than each of its
+            paths.
     """
     speculate = import_folder(package / "speculate")
     heads = speculate.heads.TurboHeads.load(package / "heads")
@@ -26,7 +28,9 @@ def writer_with_heads(package: Path, model: Any, tokenizer: Any) -> Any:
             f"{package / 'heads'} were trained with another tokenizer than the one beside "
             "them, so its tokens are others; take the version as it was registered"
         )
-    return speculate.decode.Writer(speculate.parts.parts_of(model), heads, lookup=True)
+    writer = speculate.decode.Writer(speculate.parts.parts_of(model), heads, lookup=True)
+    speculate.trial.require_exact(writer)
+    return writer
 
 
 def import_folder(path: Path) -> Any:

@@ -14,6 +14,16 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+#: Slots that attention sees are a multiple of this; those behind the text are masked. SDPA's kernel
+#: for CPUs takes what is left over of 16 one by one, with another exp than the vectors': in
+#: bfloat16 a token's bits then depend on how many slots stand behind it. And kernels of GPUs take
+#: a mask in whole lanes alone.
+LANES = 16
+
+
+def whole_lanes(slots: int) -> int:
+    return -(-slots // LANES) * LANES
+
 
 class Slots(CacheLayerMixin):  # type: ignore[misc]
     """One layer's part of a `SlotCache`, as a model's attention knows it."""
@@ -54,15 +64,16 @@ class SlotCache(Cache):  # type: ignore[misc]
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         layers = text.num_hidden_layers
         # Zeros: what is masked out still takes part in a product, and NaN times 0 is NaN.
-        self.kv = torch.zeros((2, layers, rows, heads, capacity, width), dtype=dtype, device=device)
-        self.capacity, self.width = capacity, 0
+        self.capacity, self.width = whole_lanes(capacity), 0
+        shape = (2, layers, rows, heads, self.capacity, width)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.start: int | None = 0
         self.slots_BN = torch.zeros((rows, 0), dtype=torch.long, device=device)
         super().__init__(layers=[Slots(self, index) for index in range(layers)])
 
     def place(self, lengths: list[int], count: int) -> None:
         """The next pass has `count` tokens of each row, behind the row's `lengths` sure ones."""
-        self.width = max(lengths) + count
+        self.width = whole_lanes(max(lengths) + count)
         self.start = lengths[0] if len(set(lengths)) == 1 else None
         if self.start is None:
             first_B1 = torch.tensor(lengths, device=self.kv.device)[:, None]

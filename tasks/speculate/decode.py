@@ -20,12 +20,14 @@ import torch
 
 from .cache import SlotCache
 from .choose import Choice, Greedy
+from .draft import Drafter
 from .heads import TurboHeads
 from .identity import Guard
+from .lean import LeanLayers, is_kin
 from .lookup import Lookup, graft
 from .pace import WIDTHS, Pace
 from .parts import Parts
-from .tree import Tree, draft, root_alone
+from .tree import Tree, root_alone
 
 
 class PromptError(ValueError):
@@ -101,15 +103,18 @@ class Writer:
         pace: Pace | None = None,
     ) -> None:
         """Raises a HeadsError where the heads are of another model."""
-        self.parts, self.lookup, self.heads = parts, lookup, None
-        self.guard = None if heads is None else Guard(heads.config, parts)
+        self.parts, self.lookup = parts, lookup
+        self.drafter: Drafter | None = None
+        self.guard = Guard(None if heads is None else heads.config, parts)
         if heads is not None:
             weight = parts.scored
             # A copy: the heads themselves stay in the precision that they are trained in.
-            self.heads = copy.deepcopy(heads).to(weight.device, weight.dtype)
+            own = copy.deepcopy(heads).to(weight.device, weight.dtype)
+            self.drafter = Drafter(own, parts.lm_head, weight, parts.embed)
         drafts = heads is not None or lookup
         self.pace = pace or Pace(WIDTHS[-1] if drafts else 1)
         self.eager = getattr(parts.config, "_attn_implementation", "sdpa") == "eager"
+        self.lean: LeanLayers | None = None
 
     @torch.inference_mode()
     def write(
@@ -127,10 +132,10 @@ class Writer:
 
         Raises:
             PromptError: a prompt without tokens, or with more than the model has positions.
-            HeadsError: the model is another one by now than the heads are for.
+            HeadsError: the model is another one by now than the heads are for, or its soft prompt
+                is another one.
         """
-        if self.guard is not None:
-            self.guard.require()
+        self.guard.require()
         choice, account = choice or Greedy(), Account()
         started = time.perf_counter()
         self._require_writable(prompts)
@@ -189,6 +194,9 @@ class Writer:
         return self._verify(cache, [row.length for row in rows], tree, tree.ancestors())
 
     def _cache(self, rows: list[Row]) -> SlotCache:
+        # With each answer anew: an adapter may have been put into the model since the last.
+        layers = self.parts.layers
+        self.lean = LeanLayers(layers) if is_kin(layers) else None
         capacity = max(row.length + row.room for row in rows) + WIDTHS[-1]
         weight = self.parts.embed(torch.zeros(1, dtype=torch.long, device=self.parts.device))
         cache = SlotCache(self.parts.config, len(rows), capacity, weight.dtype, weight.device)
@@ -205,15 +213,15 @@ class Writer:
         for row, prompt in enumerate(prompts):
             ids_BT[row, : len(prompt)] = torch.tensor(prompt)
         cache.place([virtual] * len(prompts), longest)
-        seen_TW = torch.ones((longest, virtual + longest), dtype=torch.bool, device=device)
-        seen_TW = seen_TW.tril(virtual)
-        hidden_BTD = self._layers(
-            cache,
-            ids_BT.to(device),
-            torch.arange(virtual, virtual + longest, device=device).expand(len(prompts), -1),
-            seen_TW.expand(len(prompts), 1, -1, -1),
-        )
-        last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        seen_TW = torch.ones((longest, cache.width), dtype=torch.bool, device=device)
+        seen_B1TW = seen_TW.tril(virtual).expand(len(prompts), 1, -1, -1)
+        positions_BT = torch.arange(virtual, virtual + longest, device=device)
+        positions_BT = positions_BT.expand(len(prompts), -1)
+        lengths = list(map(len, prompts))
+        if self.lean is not None:
+            return self.lean.read(cache, ids_BT.to(device), positions_BT, seen_B1TW, lengths)
+        hidden_BTD = self._layers(cache, ids_BT.to(device), positions_BT, seen_B1TW)
+        last_B = torch.tensor(lengths, device=device) - 1
         return hidden_BTD[torch.arange(len(prompts), device=device), last_B]
 
     def _pass(
@@ -278,17 +286,8 @@ class Writer:
         if not pace.drafting(len(active)):
             return root_alone(root_B), None
         tree = root_alone(root_B)
-        if self.heads is not None:
-            parts = self.parts
-            tree = draft(
-                self.heads,
-                parts.lm_head,
-                parts.scored,
-                parts.embed,
-                x_BD,
-                root_B,
-                pace.offer(len(active)),
-            )
+        if self.drafter is not None:
+            tree = self.drafter.tree(x_BD, root_B, pace.offer(len(active)))
         if self.lookup:
             chains = [row.lookup.continuation() if row.lookup else [] for row in active]
             tree = graft(tree, chains, pace.copied)
@@ -303,8 +302,10 @@ class Writer:
         cache.place(lengths, nodes)
         device = seen_BNN.device
         if cache.start is not None:
-            before_BNL = torch.ones((rows, nodes, cache.start), dtype=torch.bool, device=device)
-            seen_BNW = torch.cat([before_BNL, seen_BNN], -1)
+            # Slots behind the nodes only fill the last lanes.
+            seen_BNW = seen_BNN.new_zeros((rows, nodes, cache.width))
+            seen_BNW[..., : cache.start] = True
+            seen_BNW[..., cache.start : cache.start + nodes] = seen_BNN
             first_B1: torch.Tensor | int = cache.start
         else:
             first_B1 = torch.tensor(lengths, device=device)[:, None]
@@ -325,6 +326,8 @@ class Writer:
         positions_BN: torch.Tensor,
         seen_B1NW: torch.Tensor,
     ) -> torch.Tensor:
+        if self.lean is not None:
+            return self.lean(cache, ids_BN, positions_BN, seen_B1NW)
         if self.eager:
             # Eager attention adds its mask.
             lowest = torch.finfo(cache.kv.dtype).min

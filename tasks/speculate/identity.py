@@ -23,7 +23,8 @@ SAMPLE = 257
 
 def fingerprint(parts: Parts) -> str:
     """SHA-256 of name, shape, dtype and a sample of the values of every tensor of a model, of its
-    adapters those that act, by whatever name they were loaded, and of a soft prompt."""
+    adapters those that act, by whatever name they were loaded and each with its scaling, and of a
+    soft prompt."""
     digest = hashlib.sha256()
     before = {
         f"{kind} {layer} of virtual tokens": tensor
@@ -38,6 +39,13 @@ def fingerprint(parts: Parts) -> str:
             places = torch.arange(SAMPLE, device=flat.device) * last // (SAMPLE - 1)
             flat = flat[places]
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for path, module in parts.model.named_modules():
+        if (switched := _switched(module)) is None:
+            continue
+        active, disabled, _ = switched
+        for kind, by in sorted(_scalings(module).items()):
+            if acting := [] if disabled else [by[name] for name in active if name in by]:
+                digest.update(f"{path}.{kind} {acting}".encode())
     return digest.hexdigest()
 
 
@@ -61,7 +69,8 @@ def _acting(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             if words[at] not in active:
                 continue
             words[at] = str(active.index(words[at]))
-        yield ".".join(words), tensor
+        # Where its weight stands in a layer that an adapter is for, whether that acts or not.
+        yield ".".join(word for word in words if word != "base_layer"), tensor
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -89,30 +98,34 @@ def require_same(config: HeadsConfig, parts: Parts) -> None:
 
 
 class Guard:
-    """Notices, before each answer, that a model is no longer the one that its heads are for.
+    """Notices, before each answer, that a model is no longer the one that its heads are for, or
+    that it has another soft prompt than the one whose keys and values were taken.
 
     Hashing takes as long as a few passes, so it is done only where something was touched: a
-    weight replaced or written to, an adapter switched, merged or turned off.
+    weight replaced or written to, an adapter switched, scaled, merged or turned off.
     """
 
-    def __init__(self, config: HeadsConfig, parts: Parts) -> None:
-        require_same(config, parts)
+    def __init__(self, config: HeadsConfig | None, parts: Parts) -> None:
+        """config: None for a writer without heads, which may go on with any adapter."""
+        if config is not None:
+            require_same(config, parts)
         self.config, self.parts = config, parts
-        self.seen = _touched(parts.model)
+        self.prompt = _prompt(parts.prompted)
+        self.seen = [] if config is None else _touched(parts.model)
 
     def require(self) -> None:
         """Raise a HeadsError where it is another model by now."""
+        if not _same(_prompt(self.parts.prompted), self.prompt):
+            raise HeadsError(
+                "the soft prompt is another one than when this writer was made (another adapter "
+                "set, turned off, loaded over or trained on): set that one again, or take the "
+                "model apart again and make a new Writer, with heads for it"
+            )
+        if self.config is None:
+            return
         now = _touched(self.parts.model)
         replaced = self.parts.model.get_output_embeddings() is not self.parts.lm_head
-        # By identity: what is seen is held, so that no other tensor can take its address.
-        if (
-            not replaced
-            and len(now) == len(self.seen)
-            and all(
-                one is other and mark == before
-                for (one, mark), (other, before) in zip(now, self.seen, strict=True)
-            )
-        ):
+        if not replaced and _same(now, self.seen):
             return
         require_same(self.config, self.parts)
         if replaced:
@@ -123,9 +136,31 @@ class Guard:
         self.seen = now
 
 
-def _touched(model: Any) -> list[tuple[Any, Any]]:
-    """Everything whose change changes what a model computes, with what shows the change."""
-    found: list[tuple[Any, Any]] = []
+#: Things that decide what a model computes, each with what shows that it changed.
+Marks = list[tuple[Any, Any]]
+
+
+def _same(now: Marks, seen: Marks) -> bool:
+    """By identity: what is seen is held, so that no other tensor can take its address."""
+    return len(now) == len(seen) and all(
+        one is other and mark == before
+        for (one, mark), (other, before) in zip(now, seen, strict=True)
+    )
+
+
+def _prompt(prompted: Any) -> Marks:
+    """Of PEFT's model with a soft prompt the one that is active."""
+    if prompted is None:
+        return []
+    active = prompted.active_adapter
+    encoders = prompted.prompt_encoder
+    acts = active in encoders and not prompted._adapters_disabled
+    return _touched(encoders[active]) if acts else []
+
+
+def _touched(model: Any) -> Marks:
+    """Everything whose change changes what a model computes."""
+    found: Marks = []
     for module in model.modules():
         for tensor in module._parameters.values():
             if tensor is not None:
@@ -133,7 +168,7 @@ def _touched(model: Any) -> list[tuple[Any, Any]]:
                 version = None if tensor.is_inference() else tensor._version
                 found.append((tensor, (version, tensor.data_ptr(), tensor.shape)))
         if (switched := _switched(module)) is not None:
-            found.append((module, switched))
+            found.append((module, (switched, _scalings(module))))
     return found
 
 
@@ -146,3 +181,13 @@ def _switched(module: Any) -> tuple[list[str], bool, list[str]] | None:
     merged = list(getattr(module, "merged_adapters", ()))
     off = bool(getattr(module, "_disable_adapters", False))
     return [active] if isinstance(active, str) else list(active), off, merged
+
+
+def _scalings(module: Any) -> dict[str, dict[str, float]]:
+    """Of one of PEFT's layers the numbers that its adapters' updates are multiplied by (LoRA's
+    alpha / rank), by kind and by adapter. No tensor holds them."""
+    return {
+        kind: dict(by)
+        for kind, by in vars(module).items()
+        if kind.endswith("scaling") and isinstance(by, dict)
+    }

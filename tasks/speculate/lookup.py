@@ -17,28 +17,33 @@ COPIED = 8
 
 
 class Lookup:
-    """One row's text, and where each of its pairs and triples of tokens ended last."""
+    """One row's text, and where each of its pairs and triples of tokens ended last.
+
+    The text is looked through when a continuation is asked for: where no drafts are made, it costs
+    nothing.
+    """
 
     def __init__(self, tokens: list[int]) -> None:
-        self.tokens: list[int] = []
+        self.tokens = tokens
         self.ended: dict[tuple[int, ...], int] = {}
-        self.extend(tokens)
+        #: Pairs and triples that end before here are known.
+        self.known = 0
 
     def extend(self, tokens: list[int]) -> None:
-        for token in tokens:
-            # Those that end at the last token are known only now that something follows them.
-            end = len(self.tokens)
-            for count in ALIKE:
-                if end >= count:
-                    self.ended[tuple(self.tokens[end - count :])] = end
-            self.tokens.append(token)
+        self.tokens += tokens
 
     def continuation(self) -> list[int]:
         """What followed the last tokens when they stood here before; often nothing."""
+        # Those that end at the last token are known only when something follows them.
+        for end in range(self.known, len(self.tokens)):
+            for count in ALIKE:
+                if end >= count:
+                    self.ended[tuple(self.tokens[end - count : end])] = end
+        self.known = len(self.tokens)
         for count in ALIKE:
-            end = self.ended.get(tuple(self.tokens[-count:]))
-            if end is not None and len(self.tokens) > count:
-                return self.tokens[end : end + COPIED]
+            found = self.ended.get(tuple(self.tokens[-count:]))
+            if found is not None and len(self.tokens) > count:
+                return self.tokens[found : found + COPIED]
         return []
 
 

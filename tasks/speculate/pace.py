@@ -8,6 +8,7 @@ at all, none are made, for longer each time, and then tried again.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable
 
@@ -17,20 +18,55 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 KEPT = 7
 #: A pass with drafts has to promise so much more a second than one without.
 MARGIN = 1.02
-#: Passes without drafts after drafts did not pay, at first (of up to four rows) and at most.
+#: Passes without drafts after drafts did not pay, at first and at most.
 HOLD, LONGEST_HOLD = 8, 512
-#: A pass without drafts is timed again after so many with.
-REFRESH = 256
+#: What drafts may cost where they do not pay, as a share of the passes until they are tried again.
+WASTE = 0.01
+#: A pass without drafts is timed again after so many with: soon, until one is known.
+REFRESH, SOON = 256, 4
 #: After so many passes with drafts it is counted what they brought, whatever was expected.
 COUNTED = 16
-#: What a node more adds to a pass, as a share of it, until two widths are measured.
+#: Passes without drafts whose time may be lost before that.
+LOST = 3
+#: What a token more adds to a pass, as a share of it, until two sizes are measured.
 PRIOR = 0.01
+#: A pass has at most so many times the tokens of the largest that was measured.
+LEAP = 4
+#: Two measured passes tell a slope where one has so many times the other's tokens.
+APART = 1.5
 #: What drafts are believed again, at least, when they are tried again.
 REVIVED = 0.5
 #: Nodes that are drafted at least, where drafts are made.
 FEWEST_OFFERED = 4
 #: Weight of the last pass in running means.
 FORGET = 0.05
+
+#: Rows, rounded up to a power of two, and nodes of each.
+Shape = tuple[int, int]
+
+
+class Times:
+    """Seconds that something took, the last few of each shape.
+
+    A shape's first time has a first call's work in it: it serves until there is a second.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[Shape, deque[float]] = {}
+        self.fresh: set[Shape] = set()
+
+    def add(self, shape: Shape, seconds: float) -> None:
+        if shape not in self.kept:
+            self.fresh.add(shape)
+            self.kept[shape] = deque(maxlen=KEPT)
+        elif shape in self.fresh:
+            self.fresh.remove(shape)
+            self.kept[shape].clear()
+        self.kept[shape].append(seconds)
+
+    def known(self, shape: Shape) -> float | None:
+        times = self.kept.get(shape)
+        return usual(times) if times else None
 
 
 class Pace:
@@ -39,16 +75,11 @@ class Pace:
     def __init__(self, widest: int = WIDTHS[-1]) -> None:
         """widest: nodes that a pass has at most; 1: never a draft."""
         self.widths = tuple(width for width in WIDTHS if width <= widest)
-        self.passes: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self.drafts: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self.passes, self.drafts = Times(), Times()
         #: Accepted drafts over expected ones.
         self.honesty = 1.0
         #: Chance of a copied token to be right where the one before it was.
         self.copied = 0.8
-        #: Widths that were taken, and drafts that were made, once: those times had a first
-        #: call's work in them.
-        self.begun: set[tuple[int, int]] = set()
-        self.begun_drafts: set[tuple[int, int]] = set()
         self.waiting: dict[int, int] = defaultdict(int)
         self.hold: dict[int, int] = {}
         #: Tokens and seconds of the last passes with drafts, for each size.
@@ -64,9 +95,7 @@ class Pace:
     def drafting(self, rows: int) -> bool:
         """Whether the next pass of so many rows is worth drafts."""
         size = _size(rows)
-        if self.widths[-1] == 1:
-            return False
-        if not self.passes[size, 1]:
+        if self.widths[-1] == 1 or not self.passes.kept:
             return False
         if self.waiting[size]:
             self.waiting[size] -= 1
@@ -75,7 +104,9 @@ class Pace:
                 self.honesty = max(self.honesty, REVIVED)
             return False
         self.since_plain[size] += 1
-        if self.since_plain[size] > REFRESH:
+        plain = size, 1
+        settled = plain in self.passes.kept and plain not in self.passes.fresh
+        if self.since_plain[size] > (REFRESH if settled else SOON):
             self.since_plain[size] = 0
             return False
         return True
@@ -92,16 +123,14 @@ class Pace:
         drafting = self._drafting(size)
         best, found = self.rate(size, 1, 0.0, 0.0), 1
         plain = best
+        most = LEAP * max(at * nodes for at, nodes in self.passes.kept)
         for width in self.widths[1:]:
-            if width > len(chances):
+            if width > len(chances) or size * width > most:
                 break
             gain = sum(chances[1:width]) * self.honesty
             rate = self.rate(size, width, gain, drafting)
             if rate > best:
                 best, found = rate, width
-            if not self.passes[size, width]:
-                # Widths are tried one after the other: how a wider one would do is a guess.
-                break
         if best > plain * MARGIN and self._paid(size, plain):
             self.chosen[size].append(found)
             wide = max(2 * max(self.chosen[size]), FEWEST_OFFERED)
@@ -111,63 +140,77 @@ class Pace:
         half = self.offered[size] // 2
         self.next_offer[size] = half if half >= FEWEST_OFFERED else self.widths[-1]
         self.counted[size].clear()
-        self.waiting[size] = self.hold.get(size, _hold(size))
+        self.waiting[size] = max(self.hold.get(size, HOLD), math.ceil(drafting * plain / WASTE))
         self.hold[size] = min(2 * self.waiting[size], LONGEST_HOLD)
         return 1
 
     def _drafting(self, size: int) -> float:
         """Seconds of drafts for as many nodes as were offered last; 0 until they are measured."""
-        times = self.drafts[size, self.offered[size]]
-        return usual(times) if times else 0.0
+        return self.drafts.known((size, self.offered[size])) or 0.0
 
     def _paid(self, size: int, plain: float) -> bool:
         """Whether the passes with drafts that were counted last were worth it."""
         last = self.counted[size]
-        if len(last) < COUNTED:
+        tokens, seconds = (sum(part) for part in zip((0.0, 0.0), *last, strict=True))
+        lost = seconds * plain - tokens
+        if len(last) == COUNTED:
+            last.clear()
+        elif lost < LOST:
             return True
-        tokens, seconds = (sum(part) for part in zip(*last, strict=True))
-        last.clear()
-        if tokens / seconds < plain:
+        if lost > 0:
             return False
-        self.hold[size] = max(self.hold.get(size, 0) // 2, _hold(size))
+        self.hold[size] = max(self.hold.get(size, 0) // 2, HOLD)
         return True
 
     def rate(self, size: int, width: int, gain: float, drafting: float) -> float:
-        """Tokens a second."""
+        """Tokens a second of each row."""
         return (1 + gain) / (self.cost(size, width) + drafting)
 
     def cost(self, size: int, width: int) -> float:
-        """Seconds of a pass: as measured, or on the line through the two widest narrower ones."""
-        own = self.passes[size, width]
-        if own:
-            return usual(own)
-        known = [at for at in self.widths if at < width and self.passes[size, at]]
-        *narrower, near = known
-        last = usual(self.passes[size, near])
-        if not narrower:
-            return last * (1 + PRIOR * size * width) / (1 + PRIOR * size * near)
-        before = usual(self.passes[size, narrower[-1]])
-        slope = max(last - before, 0.0) / (near - narrower[-1])
-        return last + slope * (width - near)
+        """Seconds of a pass: as measured, or guessed from passes of other shapes."""
+        shape = size, width
+        own = self.passes.known(shape)
+        if own is None:
+            return self._guess(shape)
+        if shape in self.passes.fresh and len(self.passes.kept) > 1:
+            return min(own, self._guess(shape))
+        return own
+
+    def _guess(self, shape: Shape) -> float:
+        """What a pass costs goes by its tokens, those of all rows: no less than one with fewer, and
+        beyond all that were measured on the line through the last two. Where there are two of as
+        many rows, those are asked. Too little, and it is tried and measured; too much, and it
+        never would be."""
+        tokens = shape[0] * shape[1]
+        others = [other for other in self.passes.kept if other != shape]
+        same = [other for other in others if other[0] == shape[0]]
+        known = sorted(
+            (size * width, usual(self.passes.kept[size, width]))
+            for size, width in (same if len(same) > 1 else others)
+        )
+        below = [point for point in known if point[0] <= tokens]
+        if not below:
+            at, seconds = known[0]
+            return seconds * (1 + PRIOR * tokens) / (1 + PRIOR * at)
+        at, seconds = below[-1]
+        if len(below) < len(known):
+            return seconds
+        for before, shorter in reversed(below):
+            if at >= APART * before:
+                return seconds + max(seconds - shorter, 0.0) / (at - before) * (tokens - at)
+        return seconds * (1 + PRIOR * tokens) / (1 + PRIOR * at)
 
     def took(self, rows: int, width: int, seconds: float, drafting: float | None = None) -> None:
         """A pass, and the drafts before it, took so long."""
-        at = _size(rows), width
-        if at in self.begun:
-            self.passes[at].append(seconds)
-        self.begun.add(at)
+        size = _size(rows)
+        self.passes.add((size, width), seconds)
         if drafting is not None:
-            made = at[0], self.offered[at[0]]
-            if made in self.begun_drafts:
-                self.drafts[made].append(drafting)
-            self.begun_drafts.add(made)
+            self.drafts.add((size, self.offered[size]), drafting)
 
     def accepted(self, rows: int, width: int, expected: float, found: float) -> None:
         """Of so many expected drafts of a pass so many were right, each the mean over rows."""
         size = _size(rows)
-        drafting = self._drafting(size)
-        if times := self.passes[size, width]:
-            self.counted[size].append((1 + found, usual(times) + drafting))
+        self.counted[size].append((1 + found, self.cost(size, width) + self._drafting(size)))
         if expected > 0.05:
             ratio = min(found / expected, 2.0)
             self.honesty += FORGET * (ratio - self.honesty)
@@ -193,11 +236,6 @@ def usual(times: Iterable[float]) -> float:
     ever add to a time, and a median of few would follow them."""
     ordered = sorted(times)
     return ordered[len(ordered) // 4]
-
-
-def _hold(size: int) -> int:
-    """Passes until the second try: a try costs drafts for every row, and with many seldom pays."""
-    return HOLD * max(1, size // 4)
 
 
 def _size(rows: int) -> int:

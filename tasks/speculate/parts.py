@@ -26,13 +26,15 @@ Before = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 class Parts:
     """model: the whole, with its adapters inside. layers: gives x. lm_head: logits of x.
 
-    before: of a soft prompt, the keys and values of its virtual tokens in each layer.
+    before: of a soft prompt, the keys and values of its virtual tokens in each layer. prompted:
+    PEFT's model that it was read from.
     """
 
     model: Any
     layers: Any
     lm_head: nn.Module
     before: Before = ()
+    prompted: Any = None
 
     @property
     def config(self) -> Any:
@@ -115,7 +117,7 @@ def parts_of(model: Any) -> Parts:
     require_causal(parts)
     require_plain_head(parts)
     if getattr(getattr(whole, "active_peft_config", None), "is_prompt_learning", False):
-        parts = replace(parts, before=soft_prompt(whole, parts))
+        parts = replace(parts, before=soft_prompt(whole, parts), prompted=whole)
     return parts
 
 

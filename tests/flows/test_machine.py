@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import cli, doctor, machine
+from flows import cli, doctor, machine, rate
 from flows.home import Home
 from schemas.errors import StageError
 from tasks.core import runtime
@@ -24,6 +24,29 @@ def test_agrees_with_the_runtime_and_asks_torch_once(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "another device")
     with pytest.raises(StageError, match="asked again"):
         machine.resolve_dtype("auto", home)
+
+
+def test_one_process_tells_the_dtype_and_the_rate_and_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    home.open()
+    with rate.rates("auto", home) as asked:
+        dtype = machine.known_dtype("auto", home)
+        assert dtype == runtime.resolve_dtype("auto")
+        found = asked(dtype)
+    assert found > 0
+    with monkeypatch.context() as without:
+        without.setattr(rate, "bound", None)
+        with rate.rates("auto", home) as asked:
+            assert asked(dtype) == found
+    # Another machine, which has no such device.
+    monkeypatch.setenv("PEFTFLOW_DEVICE", "nowhere")
+    with (
+        rate.rates(dtype, home) as asked,
+        pytest.raises(StageError, match=r"cannot be timed:(.|\n)*nowhere"),
+    ):
+        asked(dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -37,7 +37,10 @@ lean.started()
 spec = CostSpec.model_validate_json(sys.stdin.read())
 run(spec, {}, Path(sys.argv[2]))
 put_off = [name for name, module in sys.modules.items() if isinstance(module, lean.PutOff)]
-print(json.dumps({"put off": put_off, "all": [n for n, m in sys.modules.items() if m]}))
+import transformers
+names = [type(transformers).__name__]
+ran = [name for name, module in sys.modules.items() if module]
+print(json.dumps({"put off": put_off, "names": names, "all": ran}))
 """
 
 
@@ -85,6 +88,7 @@ def test_the_answer_is_the_same_and_nothing_that_was_put_off_has_run(tmp_path: P
     }
     assert set(lean["put off"]) == left_out
     assert not whole["put off"]
+    assert (lean["names"], whole["names"]) == (["Few"], ["_LazyModule"])
     inside = {"sympy.core", "torch._dynamo.eval_frame", "torch.distributed.tensor._api", "scipy"}
     assert inside <= set(whole["all"])
     assert not inside & set(lean["all"])
@@ -127,8 +131,13 @@ from torch.distributed.tensor import DTensor
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 ShapeEnv()
-import transformers.models
-assert transformers.models.llama.modeling_llama.LlamaModel
+import transformers
+assert type(transformers).__name__ == "Few"
+from transformers import LlamaForCausalLM
+assert type(transformers).__name__ == "_LazyModule"
+assert transformers.models.llama.modeling_llama.LlamaForCausalLM is LlamaForCausalLM
+from transformers import Trainer, initialization
+assert not hasattr(transformers, "Nonsense")
 """
 
 

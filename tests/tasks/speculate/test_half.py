@@ -3,8 +3,8 @@ all but equally likely.
 
 The loop with drafts against the loop without *at the same query shape*: every pass has as many
 nodes, and the drafts come from heads that learned the model, or from heads that are never right,
-so that a pass brings one token. What is left between the two is the order of keys and values
-before they were moved together, and which row of a product a token was in.
+so that a pass brings one token. Between the two a token stands at another slot, in another row of
+each product, and before another number of slots; none of the three may show.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tasks.speculate.cache import LANES
 from tasks.speculate.decode import Writer
 from tasks.speculate.heads import TurboHeads
 from tasks.speculate.pace import Fixed
@@ -62,9 +63,9 @@ def test_only_near_ties_differ(small: Any, model: Any) -> None:
     # Else this would show nothing. The wrong ones hit by chance, 7 of 96 tokens being tried.
     assert brought["right"] > 1.2 > 1.1 > brought["wrong"]
     assert brought["none"] == 1
+    assert found["right"] == found["wrong"]
     allowed = 2 * noise(model, texts)
     for one, other in (
-        (found["right"], found["wrong"]),
         (found["right"], texts),
         (found["none"], texts),
     ):
@@ -75,5 +76,32 @@ def test_only_near_ties_differ(small: Any, model: Any) -> None:
             if first is not None:
                 differ += 1
                 assert gap(model, reference[:first]) <= allowed
-        # Nearly all are the same to the last token.
-        assert differ < 0.25 * len(one)
+        # Most are the same to the last token: 50 of 64, of a model that nobody trained.
+        assert differ < 0.5 * len(one)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_attention_over_whole_lanes_has_the_bits_of_any_slot_and_any_row(width: int) -> None:
+    """The property of SDPA's kernel on a CPU that the cache is made for. Over `LANES` slots more or
+    less, at another row and beside other queries, a query's result is the same to the bit. With
+    what is left over of the lanes it is not: else `whole_lanes` would be for nothing."""
+    draw = torch.Generator().manual_seed(0)
+    sure, slots = 4 * LANES - 9, 4 * LANES
+
+    def drawn(count: int) -> torch.Tensor:
+        return torch.randn(4, 4, count, width, generator=draw).to(torch.bfloat16)
+
+    keys, values, queries = drawn(slots + LANES), drawn(slots + LANES), drawn(NODES)
+
+    def attend(count: int, order: list[int]) -> torch.Tensor:
+        seen = (torch.arange(count) < sure).expand(1, 1, NODES, -1)
+        found = torch.nn.functional.scaled_dot_product_attention(
+            queries[:, :, order], keys[:, :, :count], values[:, :, :count], attn_mask=seen
+        )
+        return found[:, :, torch.tensor(order).argsort()]
+
+    forward = list(range(NODES))
+    once = attend(slots, forward)
+    assert torch.equal(attend(slots + LANES, forward), once)
+    assert torch.equal(attend(slots, forward[::-1]), once)
+    assert not torch.equal(attend(sure, forward), once)

@@ -103,13 +103,23 @@ def test_plain_passes_are_timed_again() -> None:
     assert taken[10:].count(1) == pytest.approx(3 * REFRESH / (REFRESH + 1), abs=1)
 
 
-def test_batches_are_known_apart() -> None:
-    """What a pass of 16 rows costs says nothing of a pass of one."""
+def test_a_pass_costs_by_its_tokens() -> None:
+    """What 16 rows have shown holds for one: no plain pass is needed first, and no search."""
+    by_tokens = {rows: lambda width, rows=rows: max(1.0, rows * width / 64) for rows in (1, 16)}
     pace = Pace()
-    run(pace, STEEP, 50, rows=16)
-    taken, *_ = run(pace, FLAT, 50, rows=1)
+    many, *_ = run(pace, by_tokens[16], 50, rows=16)
+    assert many[-1] == 4
+    one, *_ = run(pace, by_tokens[1], 50, rows=1)
+    assert one[0] > 1
+    assert one[-1] == 64
+
+
+def test_a_guess_is_corrected() -> None:
+    """Where 16 rows cost as much as one, what is measured of each counts."""
+    pace = Pace()
+    run(pace, STEEP, 200, rows=16)
+    taken, *_ = run(pace, FLAT, 400, rows=1)
     assert taken[-1] == 64
-    assert pace.cost(16, 8) != pace.cost(1, 8)
 
 
 def test_nothing_to_draft() -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from tasks.speculate.decode import PromptError, Writer
+from tasks.speculate.heads import HeadsError
 from tasks.speculate.identity import fingerprint
 from tasks.speculate.model import TurboModel
 from tasks.speculate.pace import Fixed
@@ -68,6 +69,40 @@ def test_virtual_tokens_take_positions(make: Any) -> None:
     assert len(answer) == 16 - VIRTUAL - 3 + 1  # the last one needs no position
     with pytest.raises(PromptError, match="12 tokens, and the model knows 11"):
         Writer(parts).write([[1] * 12], 4)
+
+
+def negated(soft: Any) -> None:
+    with torch.no_grad():
+        for parameter in soft.prompt_encoder["default"].parameters():
+            parameter.mul_(-1)
+
+
+def another(soft: Any) -> None:
+    soft.add_adapter("other", soft.peft_config["default"])
+    soft.set_adapter("other")
+
+
+@pytest.mark.parametrize("swap", [negated, another])
+@pytest.mark.parametrize("drafting", [True, False])
+def test_a_soft_prompt_swapped_under_a_writer_is_told(
+    soft: Any, untaught: Any, swap: Any, drafting: bool
+) -> None:
+    """Its keys and values were taken when the writer was made, with heads or without."""
+    parts = parts_of(soft)
+    writer = Writer(parts, untaught(parts) if drafting else None)
+    turbo = TurboModel(soft, untaught(parts) if drafting else None)
+    first = writer.write([[1, 2, 3]], 4)[0]
+    swap(soft)
+    for _ in range(2):
+        with pytest.raises(HeadsError, match="soft prompt is another one"):
+            writer.write([[1, 2, 3]], 4)
+    with pytest.raises(HeadsError, match="soft prompt is another one"):
+        turbo.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4)
+    if swap is another:
+        soft.set_adapter("default")
+        assert writer.write([[1, 2, 3]], 4)[0] == first
+        with soft.disable_adapter(), pytest.raises(HeadsError, match="turned off"):
+            writer.write([[1, 2, 3]], 4)
 
 
 def test_another_prompt_is_another_model(soft: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -122,6 +123,13 @@ def wrapped_again(model: Any, other: Path) -> None:
     PeftModel.from_pretrained(base, other)
 
 
+def scaled(model: Any, other: Path) -> None:
+    """As `set_scale` and adapters of another alpha do: no tensor changes."""
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2
+
+
 SWAPS: dict[str, Callable[[Any, Path], Any]] = {
     "set_adapter": switched,
     "load over": overwritten,
@@ -130,6 +138,7 @@ SWAPS: dict[str, Callable[[Any, Path], Any]] = {
     "merged": lambda model, other: model.merge_adapter(),
     "unloaded": lambda model, other: model.unload(),
     "another around the base": wrapped_again,
+    "scaled": scaled,
     "trained on": lambda model, other: draw(model, "default", 9),
 }
 
@@ -179,6 +188,26 @@ def test_an_adapter_has_its_heads_by_whatever_name_it_is_loaded(world, adapters)
     Writer(parts_of(named), heads)
 
 
+def test_another_alpha_is_another_adapter(world, adapters, tmp_path) -> None:
+    """The same tensors, saved with a config of its own."""
+    one, _ = adapters
+    heads = heads_for(PeftModel.from_pretrained(world.model(), one))
+    changed = shutil.copytree(one, tmp_path / "alpha") / "adapter_config.json"
+    config = json.loads(changed.read_text())
+    changed.write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    with pytest.raises(HeadsError, match="another adapter"):
+        Writer(parts_of(PeftModel.from_pretrained(world.model(), changed.parent)), heads)
+
+
+def test_an_adapter_of_other_layers_beside_it_is_no_swap(world, adapters) -> None:
+    """Nor is its scaling, in layers that the active one does not have."""
+    few = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(world.model(), few)
+    first = fingerprint(parts_of(model))
+    model.load_adapter(adapters[0], "other")
+    assert fingerprint(parts_of(model)) == first
+
+
 def test_nothing_is_hashed_while_nothing_is_touched(world, adapters, monkeypatch) -> None:
     model = PeftModel.from_pretrained(world.model(), adapters[0])
     parts = parts_of(model)
@@ -221,6 +250,21 @@ def test_a_package_with_other_parts_is_refused_as_it_is_loaded(world, tmp_path) 
     (good / "heads" / "turbo_config.json").unlink()
     with pytest.raises(ValueError, match=re.escape("turbo_config.json")):
         writer_with_heads(good, world.model(), tokenizer)
+
+
+def test_a_package_whose_drafts_cannot_be_verified_is_refused(world, tmp_path, monkeypatch) -> None:
+    """A model that reads no mask, as another version of transformers might."""
+    heads = heads_for(world.model(), tokenizer_of(a=0))
+    directory, model = package(tmp_path / "package", heads), world.model()
+    layers, forward = model.model, model.model.forward
+
+    def blind(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(layers, "forward", blind)
+    with pytest.raises(ValueError, match="otherwise than each path alone") as caught:
+        writer_with_heads(directory, model, tokenizer_of(a=0))
+    assert type(caught.value).__name__ == "NotSpeculableError"
 
 
 def test_heads_of_unknown_origin_are_held_to_their_shape_alone(world) -> None:
