@@ -1,11 +1,15 @@
 """`peftflow plan` against what training took: peak memory, every method, dtype and checkpointing.
 
-    python benchmarks/plan.py [--quick] [--only llama] [--methods lora,ia3] [--jobs 2]
+    python benchmarks/plan.py [--quick] [--only llama] [--methods lora,ia3] [--jobs 2] [--work DIR]
 
 A Llama of 56 M and a MiniLM-like BERT of 23 M parameters with random weights, random rows. Each
 run is the train stage in a process of its own, four steps of 4,096 tokens; its `train_peak_mib` is
 what the kernel counted. The plan is made from the base's config.json and the same rows' lengths.
 Every run is written when it is done; runs of the same clean commit add up to one file.
+
+With --work DIR what was measured is kept there: by the train stage's key, the code that this stage
+imports, the libraries, and the number of threads. A change of `tasks/cost/` alone is judged again
+in minutes, against the same measurements.
 """
 
 from __future__ import annotations
@@ -19,18 +23,19 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import RESULTS, Result, keep
-from pydantic import TypeAdapter
 
 from schemas.errors import StageError, UserError
 from schemas.stages import Call, CostSpec, TrainSpec
-from schemas.together import Candidate
-from tasks.core.provenance import git_state
+from tasks.core.files import sha256_file, sha256_json, write_atomic
+from tasks.core.provenance import git_state, libraries
+from tasks.core.store import key_of
 from tasks.core.waiting import waiting
 from tasks.cost import stage as cost_stage
 from tasks.train import heap
@@ -56,9 +61,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "p_tuning": {"method": "p_tuning"},
     "prefix_tuning": {"method": "prefix_tuning"},
 }
-CANDIDATE: TypeAdapter[Candidate] = TypeAdapter(Candidate)
-#: Runs of which `tasks.cost.memory.REST_MIB` was set; all others only show how well it holds.
-SET_BY = ("lora",)
+#: Whose code decides what a training holds, beside its version.
+TRAINED_BY = ("tasks/train", "tasks/core", "tasks/methods")
+#: Runs by which the rest in `tasks/cost/memory.py` was set; all others only show how well it holds.
+SET_BY = ("lora", "bitfit")
 PLANNING = threading.Lock()
 
 
@@ -82,6 +88,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(TASKS))
     parser.add_argument("--methods", help="e.g. lora,ia3; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--work", type=Path, help="where measured runs are kept and found")
     arguments = parser.parse_args()
     methods = arguments.methods.split(",") if arguments.methods else list(CANDIDATES)
     settings = [
@@ -99,7 +106,8 @@ def main() -> None:
         for name in {setting.base for setting in settings}:
             make(name, work / name)
         runs = {
-            pool.submit(compared, setting, work / setting.base): setting for setting in settings
+            pool.submit(compared, setting, work / setting.base, arguments.work): setting
+            for setting in settings
         }
         for run in as_completed(runs):
             found[str(runs[run])] = run.result()
@@ -111,11 +119,11 @@ def save(found: dict[str, list[Result]], quick: bool) -> None:
     """All runs so far, in the order of the candidates, and how many are near enough."""
     order = [str(Setting(*given)) for given in product(TASKS, CANDIDATES, (False, True), DTYPES)]
     rows = [row for title in order for row in found.get(title, [])]
-    for what, named in (("set the constant", True), ("all others", False)):
+    for what, named in (("set the rest", True), ("all others", False)):
         judged = [r for r in rows if r.met is not None and (r.name.split()[1] in SET_BY) == named]
         inside = sum(bool(row.met) for row in judged)
         rows.append(Result(f"within 10 %: {what}", f"{inside} of {len(judged)}", "runs"))
-    notes = "error: predicted over measured, less one. LoRA set the constant."
+    notes = "error: predicted over measured, less one. LoRA and BitFit set the rest."
     keep("plan", rows, quick=quick, notes=notes)
 
 
@@ -152,8 +160,8 @@ def table(found: dict[str, list[Result]]) -> None:
         print(f"| {base} {name} | " + " | ".join(cells) + " |")
 
 
-def compared(setting: Setting, work: Path) -> list[Result]:
-    """One candidate: predicted, measured, error; or aloud why it was not run."""
+def compared(setting: Setting, work: Path, kept: Path | None) -> list[Result]:
+    """One candidate: predicted, measured, error; or aloud why it was not run. kept: of --work."""
     train = {
         "max_steps": 4,
         "batch_tokens": 4096,
@@ -173,7 +181,7 @@ def compared(setting: Setting, work: Path) -> list[Result]:
     run = TrainSpec.model_validate({**common, "candidate": CANDIDATES[setting.name]})
     try:
         planned = plan(cost, work)
-        facts = measure(run, work)
+        facts = measure(run, work, kept)
     except (UserError, StageError) as error:
         why = str(error).splitlines()[0][:160]
         print(f"not run: {setting}: {why}", file=sys.stderr, flush=True)
@@ -203,8 +211,8 @@ def plan(spec: CostSpec, work: Path) -> dict[str, Any]:
     return dict(planned)
 
 
-def measure(spec: TrainSpec, work: Path) -> dict[str, Any]:
-    """The facts of the train stage in a process of its own.
+def measure(spec: TrainSpec, work: Path, kept: Path | None) -> dict[str, Any]:
+    """The facts of the train stage in a process of its own, or those that were kept of it.
 
     Raises:
         StageError: it failed, or refused.
@@ -215,7 +223,36 @@ def measure(spec: TrainSpec, work: Path) -> dict[str, Any]:
         format="report",
         spec=spec.model_dump(mode="json"),
         paths={name: str(path) for name, path in paths(work).items()},
+        outside={**contents(work), **decided_by()},
     )
+    record = kept / f"{key_of(call)}.json" if kept else None
+    if record is not None and record.is_file():
+        found: dict[str, Any] = json.loads(record.read_text())
+        return found
+    facts = trained(call)
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(record, json.dumps(facts, indent=1))
+    return facts
+
+
+def contents(work: Path) -> dict[str, str]:
+    """Of the base and of the prepared rows: a hash of each file, by its name."""
+    files = sorted(path for path in work.rglob("*") if path.is_file())
+    return {path.relative_to(work).as_posix(): sha256_file(path) for path in files}
+
+
+@lru_cache
+def decided_by() -> dict[str, str]:
+    """What else decides how much memory a training takes."""
+    files = sorted(path for room in TRAINED_BY for path in (ROOT / room).rglob("*.py"))
+    code = {path.relative_to(ROOT).as_posix(): sha256_file(path) for path in files}
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return {"code": sha256_json(code), "libraries": sha256_json(libraries()), "threads": threads}
+
+
+def trained(call: Call) -> dict[str, Any]:
+    """The facts of a training in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "call.json")
         path.write_text(call.model_dump_json())

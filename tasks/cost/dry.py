@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tasks.core.runtime import TORCH_DTYPES, Dtype
 from tasks.cost import four_bits
 from tasks.cost.blocks import cut, plans, stacks_of
 from tasks.cost.hollow import CPU, META, Hollow
-from tasks.cost.ledger import Ledger
+from tasks.cost.ledger import Ledger, Product
 from tasks.cost.rows import FullRow, Load, load_of, longest_of, sides_of
 from tasks.methods import soft
 from tasks.methods.course import Course
@@ -59,13 +59,29 @@ class Pass:
         return Pass(*(value * factor for value in _values(self)))
 
 
+@dataclass
+class Compiled:
+    """The different products of a pass that oneDNN compiles: of its forward half, and of both.
+    Blocks that are alike have the same ones, so those of a few are those of all."""
+
+    forward: set[Product] = field(default_factory=set)
+    both: set[Product] = field(default_factory=set)
+
+    def after(self, shapes: int) -> int:
+        """How many there are after passes over so many micro-batches of different shapes. The
+        train stage's probes come first, passes over rows that are too few for anything of
+        theirs but products of two matrices to count."""
+        matrices = sum(max(len(shape) for shape, _ in of) == 2 for _, of in self.forward)
+        return PROBES * matrices + shapes * len(self.both)
+
+
 @dataclass(frozen=True)
 class DryRun:
     """A micro-batch's pass, its real tokens, and what the whole run has to do.
 
     step_flops: once a step, beside its micro-batches. kept: bytes that the method keeps all along
     beside weights and optimiser. later: a pass beside the gradients of an earlier one of its step,
-    these counted; None where there is none, or these are too few to count.
+    these counted; None where there is none, or these are too few to count. compiled: of `cost`.
     """
 
     cost: Pass
@@ -74,6 +90,7 @@ class DryRun:
     step_flops: float = 0.0
     kept: int = 0
     later: Pass | None = None
+    compiled: Compiled = field(default_factory=Compiled)
 
     @property
     def peak(self) -> float:
@@ -93,6 +110,9 @@ MANY_STEPS = 1000
 #: Of a peak: gradients that are a smaller share are not looked for beside a later micro-batch,
 #: which is no larger than the largest, at the price of another pass.
 FEW_GRADIENTS = 0.01
+#: Passes forward of the train stage's probes, of four different numbers of tokens
+#: (`tasks/train/probe.py`, `tasks/train/memory.py`): two rows, the two together, and a micro-batch.
+PROBES = 4
 
 
 def dry_run(
@@ -127,7 +147,8 @@ def dry_run(
     load = load_of(prepared, task, train, layout, full)
     batch = batch_of(load.rows, load.micro_batch, task, layout)
     without_numbers(model)
-    cost, later = whole_pass(model, batch, dtype), None
+    compiled = Compiled()
+    cost, later = whole_pass(model, batch, dtype, compiled=compiled), None
     gradients = sum(weight.nbytes for weight in trained(model).values())
     if load.later is not None and gradients > FEW_GRADIENTS * cost.peak:
         again = batch_of(load.rows, load.later, task, layout)
@@ -135,16 +156,16 @@ def dry_run(
     course = course_of(load.steps or MANY_STEPS)
     step_flops, late = _penalty(model, course)
     cost = replace(cost, late=max(cost.late, late))
-    return DryRun(cost, batch.tokens, load, step_flops, course.kept(), later)
+    return DryRun(cost, batch.tokens, load, step_flops, course.kept(), later, compiled)
 
 
-def whole_pass(model: nn.Module, batch: Batch, dtype: Dtype, *, accumulates: bool = False) -> Pass:
-    """A pass through all blocks, from those of a few. accumulates: as `_pass` has it."""
+def whole_pass(model: nn.Module, batch: Batch, dtype: Dtype, **of_each: Any) -> Pass:
+    """A pass through all blocks, from those of a few. of_each: what `_pass` takes too."""
     stacks = stacks_of(model)
     total = Pass(0, 0, 0, 0, 0, 0)
     for kept, times in plans([length for stack in stacks for length in stack.runs]):
         with cut(stacks, kept):
-            total += _pass(model, batch, dtype, accumulates=accumulates).times(times)
+            total += _pass(model, batch, dtype, **of_each).times(times)
     return total
 
 
@@ -196,8 +217,16 @@ def _hollow(tensor: torch.Tensor) -> torch.Tensor:
     return hollow
 
 
-def _pass(model: nn.Module, batch: Batch, dtype: Dtype, *, accumulates: bool = False) -> Pass:
-    """accumulates: an earlier micro-batch's gradients are there, and each new one is added."""
+def _pass(
+    model: nn.Module,
+    batch: Batch,
+    dtype: Dtype,
+    *,
+    accumulates: bool = False,
+    compiled: Compiled | None = None,
+) -> Pass:
+    """accumulates: an earlier micro-batch's gradients are there, and each new one is added.
+    compiled: takes up the pass's products."""
     product = TORCH_DTYPES[dtype]
     ledger = Ledger([*model.parameters(), *model.buffers()])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
@@ -214,8 +243,12 @@ def _pass(model: nn.Module, batch: Batch, dtype: Dtype, *, accumulates: bool = F
         with autocast:
             loss = loss_sum(model, batch, product)
         forward_flops, forward, kept = ledger.flops, ledger.history, ledger.live
+        if compiled is not None:
+            compiled.forward |= ledger.products
         ledger.flops, ledger.history = 0.0, []
         loss.backward()  # type: ignore[no-untyped-call]
+    if compiled is not None:
+        compiled.both |= ledger.products
     half = len(ledger.history) // 2
     early, late = ledger.history[:half], ledger.history[half:]
     for weight in model.parameters():

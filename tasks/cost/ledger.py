@@ -1,4 +1,5 @@
-"""A ledger of one pass: bytes that live, their peak, and FLOPs, from the operations themselves.
+"""A ledger of one pass: bytes that live, their peak, FLOPs, and which products were compiled, from
+the operations themselves.
 
 Weights are hollow (`tasks/cost/hollow.py`), so nothing is computed with them, while index tensors
 are real and small, so that all that depends on the rows comes out as it would. What training would
@@ -20,10 +21,16 @@ from tasks.core.quantised import BLOCK
 from tasks.cost.hollow import Hollow, Room, answer
 
 aten = torch.ops.aten
+#: An operation, and of its tensors the shapes and strides.
+Product = tuple[str, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]]
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """live: bytes of all tensors made under it that still exist. history: after each operation."""
+    """live: bytes of all tensors made under it that still exist. history: after each operation.
+
+    products: the different ones in bfloat16, as oneDNN tells them apart: by the operation, shapes
+    and strides. It compiles each once and keeps it (`tasks/train/heap.py`).
+    """
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         """known: what is counted elsewhere, weights and buffers."""
@@ -31,6 +38,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = 0
         self.flops = 0.0
         self.history: list[int] = []
+        self.products: set[Product] = set()
         self._seen: dict[int, Any] = {}
         for tensor in known:
             storage = _storage(tensor)
@@ -45,7 +53,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten.native_batch_norm_backward.default:
             # Without numbers torch makes all three gradients, and the kernel those asked for.
             out = tuple(part if asked else None for part, asked in zip(out, args[-1], strict=True))
-        self.flops += flops_of(func, args, kwargs, out)
+        flops = flops_of(func, args, kwargs, out)
+        self.flops += flops
+        if flops:
+            self.products |= _compiled(func, args)
         for value in (out,) if isinstance(out, torch.Tensor) else tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self._enter(value)
@@ -66,6 +77,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._seen[key]
 
         self._seen[key] = weakref.ref(storage, leave)
+
+
+def _compiled(func: Any, args: Any) -> set[Product]:
+    """The product, if oneDNN computes it: float32 ones are MKL's, which compiles none."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if tensors[0].dtype != torch.bfloat16:
+        return set()
+    return {(func.name(), tuple((tuple(x.shape), x.stride()) for x in tensors))}
 
 
 def _storage(tensor: torch.Tensor) -> Any:

@@ -15,12 +15,21 @@ from tasks.cost import four_bits
 from tasks.cost.dry import DryRun
 from tasks.methods import soft
 from tasks.methods.method import trained
+from tasks.train import heap
 
 MIB = 2**20
-#: What a process on a CPU holds beside its tensors, MiB: code and modules that loading brings in,
-#: products that oneDNN keeps, MKL's workspace, and holes in the heap (`tasks/train/heap.py`).
-#: The mean over two bases with LoRA (docs/plan.md), without and with checkpointing.
-REST_MIB = {"float32": (125, 135), "bfloat16": (155, 175)}
+#: What a process on a CPU holds beside its tensors, MiB, without and with checkpointing: code and
+#: modules that loading brings in, MKL's workspace, the heap's stock (`tasks/train/heap.py`), and
+#: without checkpointing holes in the heap. Set by LoRA on two bases and BitFit (docs/plan.md).
+PROCESS_MIB = {"float32": (126, 77), "bfloat16": (85, 64)}
+#: With checkpointing a block's tensors come and go among those that stay, and leave holes: a share
+#: of all that lives, set by LoRA in float32 on two bases. Tensors from `heap.OWN_MAPPING` on leave
+#: none, and of a base so large that most are of that size nothing was measured: no more than of
+#: so many MiB.
+HOLES, HOLES_UP_TO_MIB = 0.16, 1100
+#: What oneDNN keeps of a product, whatever its shape: 0.54 to 0.59 MiB of descriptions, and 0.01 to
+#: 0.22 of code (docs/plan.md).
+PRODUCT_MIB = 0.6
 #: AdamW's two moments, and a gradient, in float32.
 MOMENTS, GRADIENT = 8, 4
 
@@ -37,9 +46,26 @@ def training(model: nn.Module, dry: DryRun, dtype: Dtype, checkpointing: bool) -
         "optimiser": MOMENTS * learned / MIB,
         "method": dry.kept / MIB,
         "activations": (dry.peak - gradients) / MIB,
-        "rest": float(REST_MIB[dtype][checkpointing]),
     }
+    holes = HOLES * min(sum(parts.values()), HOLES_UP_TO_MIB) if checkpointing else 0.0
+    parts["rest"] = PROCESS_MIB[dtype][checkpointing] + holes + products_mib(dry)
     return {**parts, "total": sum(parts.values())}
+
+
+def products_mib(dry: DryRun) -> float:
+    """What the peak has of the products that oneDNN keeps. MiB.
+
+    Each new shape of a micro-batch brings all of a pass once more, until `PRODUCTS` are kept. The
+    peak is the largest sum of these and of a pass that runs when there are so many: of the largest
+    pass alone where it comes late, and no more than that where it comes early.
+    """
+    most = float(heap.PRODUCTS)
+    if dry.load.met is None:  # Rows of unknown lengths have many shapes.
+        return PRODUCT_MIB * most * bool(dry.compiled.both)
+    return max(
+        PRODUCT_MIB * min(most, dry.compiled.after(shapes)) - (1 - share) * dry.peak / MIB
+        for shapes, share in dry.load.met.items()
+    )
 
 
 def weight_bytes(weights: Iterable[torch.Tensor]) -> int:

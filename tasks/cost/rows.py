@@ -14,7 +14,13 @@ from schemas.tasks import TASKS, is_encoder_decoder
 from tasks.core.plan import Plan, Rows
 from tasks.core.schedule import total_steps
 from tasks.core.tokens import TokenRows
-from tasks.train.batching import Layout, micro_batches, padded_length
+from tasks.train.batching import (
+    TOKEN_ALIGN,
+    Layout,
+    held_tokens,
+    micro_batches,
+    padded_length,
+)
 from tasks.train.pairs import held_lengths, longest_sides
 
 TOKENS = Path("tokens") / "train.safetensors"
@@ -31,6 +37,8 @@ class Load:
 
     later: the largest micro-batch that is not its step's first, and so runs beside the gradients
     of those before it; None where a step is one micro-batch.
+    met: how many different shapes of micro-batches a run has met, with the largest one's share of
+    `micro_batch` that runs when it has met so many. None where the rows are not prepared yet.
     """
 
     rows: TokenRows
@@ -38,6 +46,7 @@ class Load:
     later: Rows | None
     steps: int | None
     tokens: int | None
+    met: dict[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,24 @@ def load_of(prepared: Path | None, task: str, train: Train, layout: Layout, full
     later = [part for parts in looked_at for part in parts[1:]]
     mean = len(rows.input_ids) / plan.steps_per_epoch
     second = _largest(later, lengths, layout) if later else None
-    return Load(rows, largest, second, steps, round(steps * mean))
+    met = _met([part for parts in looked_at for part in parts], lengths, layout)
+    return Load(rows, largest, second, steps, round(steps * mean), met)
 
 
 def _largest(parts: list[Rows], lengths: NDArray[np.int64], layout: Layout) -> Rows:
     return max(parts, key=lambda part: kept_by(lengths[part], layout))
+
+
+def _met(parts: list[Rows], lengths: NDArray[np.int64], layout: Layout) -> dict[int, float]:
+    """`Load.met` of micro-batches in their order. Those of the same number of tokens, filled up as
+    they are, count as one shape."""
+    kept = [kept_by(lengths[part], layout) for part in parts]
+    shapes: set[int] = set()
+    met: dict[int, float] = {}
+    for part, own in zip(parts, kept, strict=True):
+        shapes.add(-(-held_tokens(lengths[part], layout) // TOKEN_ALIGN))
+        met[len(shapes)] = max(met.get(len(shapes), 0.0), own / max(kept))
+    return met
 
 
 def kept_by(lengths: NDArray[np.int64], layout: Layout) -> int:
