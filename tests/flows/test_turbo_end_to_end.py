@@ -41,7 +41,7 @@ for turbo in (None, True, False):
     answers[str(turbo)] = model.predict(asked, params)["completion"].tolist(), len(written)
     written.clear()
 params = [one.name for one in model.metadata.signature.params.params]
-print(json.dumps({"answers": answers, "heads": writer.heads is not None, "params": params}))
+print(json.dumps({"answers": answers, "heads": writer.drafter is not None, "params": params}))
 """
 
 

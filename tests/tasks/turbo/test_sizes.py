@@ -56,7 +56,7 @@ def test_given_sizes_are_kept_or_refused(d, vocabulary, heads, rank, state) -> N
 
 def test_on_the_shape_of_a_model_of_7b() -> None:
     """Vicuna's: 739 M of Medusa-1, as its paper's heads have."""
-    found = sized(Turbo(), 4096, 32000)
+    found = sized(Turbo(heads=5), 4096, 32000)
     assert found.medusa_parameters == 739_266_560
     assert found.parameters <= 739_266_560 / 20
 
