@@ -94,9 +94,8 @@ class Drafter:
             )
             from_BF, which_BF = paths.grow(raised_BFM.log_softmax(-1)[..., :-1], ids_BM, beam)
             if k + 1 < len(ids_KBM):
-                width = (-1, -1, state_BFS.shape[2])
-                before_BFS = state_BFS.gather(1, from_BF[..., None].expand(width))
-                sum_BFS = sums_KBMS[k].gather(1, which_BF[..., None].expand(width))
+                before_BFS = chosen(state_BFS, from_BF)
+                sum_BFS = chosen(sums_KBMS[k], which_BF)
                 state_BFS = F.silu(sum_BFS + F.linear(before_BFS, heads.state_SS))
         return paths.whole()
 
@@ -112,6 +111,15 @@ class Drafter:
         for logp_BM, ids_BM in zip(logp_KBM, ids_KBM, strict=True):
             paths.grow(logp_BM[:, None], ids_BM, beam)
         return paths.whole()
+
+
+def chosen(part_BXS: torch.Tensor, pick_BF: torch.Tensor) -> torch.Tensor:
+    """[B, F, S]: of each row the vectors that are picked. Whole vectors, where `gather` would look
+    up each number by itself."""
+    rows, count = part_BXS.shape[:2]
+    first_B1 = torch.arange(0, rows * count, count, device=pick_BF.device)[:, None]
+    line = part_BXS.flatten(0, 1).index_select(0, (first_B1 + pick_BF).flatten())
+    return line.view(*pick_BF.shape, -1)
 
 
 class Paths:
