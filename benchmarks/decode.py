@@ -1,6 +1,6 @@
 """Decoding with Turbo heads beside transformers' generate() and Medusa-1's heads.
 
-    python benchmarks/decode.py [--quick] [--work DIR] [--tasks json]
+    python benchmarks/decode.py [--quick] [--work DIR] [--tasks json] [--turns 0.5]
     python benchmarks/decode.py --ties [--sizes embedded] [--work DIR] [--tasks json]
 
 Two models (the embedded base; the same grown to 128 M parameters, whose decoding is bound by
@@ -68,9 +68,10 @@ TIMED = "grown, json"
 PEAKS = (1, 64)
 #: Turns of each batch size, without those that warm up.
 TURNS = {1: 24, 4: 10, 16: 8, 64: 6}
+FEWEST_TURNS = 3
 QUICK_TURNS = {1: 6, 16: 3}
-#: Times as many of the small model's, which are short.
-MORE_TURNS = {"embedded": 4}
+#: Times as many of the small model's, where passes are short and drafts seldom pay.
+MORE_TURNS = {("embedded", 64): 4}
 WARM_UPS = 2
 #: Answers whose accepted lengths are compared, and nodes of their trees.
 COMPARED, NODES = 32, (16, 64)
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the JSON task alone, batch 1 and 16")
     parser.add_argument("--work", type=Path, help="keep what is made here; else nothing is kept")
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: all of them")
+    parser.add_argument("--turns", type=float, default=1.0, help="times as many turns")
     parser.add_argument("--ties", action="store_true", help="compare answers, time nothing")
     parser.add_argument("--sizes", default=",".join(SIZES), help="with --ties; default: both")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
@@ -101,7 +103,7 @@ def main() -> None:
         if arguments.ties:
             rows = ties(work, arguments.tasks.split(","), arguments.sizes.split(","))
         else:
-            rows = measure(work, arguments.tasks.split(","), arguments.quick)
+            rows = measure(work, arguments.tasks.split(","), arguments.turns, arguments.quick)
     write(
         "ties" if arguments.ties else "decode",
         rows,
@@ -110,7 +112,8 @@ def main() -> None:
     )
 
 
-def measure(work: Path, tasks: list[str], quick: bool) -> list[Result]:
+def measure(work: Path, tasks: list[str], share: float, quick: bool) -> list[Result]:
+    """share: of the usual turns."""
     rows: list[Result] = []
     slowest: list[tuple[float, str]] = []
     for task in ["json"] if quick else tasks:
@@ -119,7 +122,8 @@ def measure(work: Path, tasks: list[str], quick: bool) -> list[Result]:
             began = time.monotonic()
             rows += bench.training() + bench.lengths()
             for batch, turns in (QUICK_TURNS if quick else TURNS).items():
-                found, beside = bench.speeds(batch, turns * MORE_TURNS.get(size, 1))
+                turns = round(turns * share * MORE_TURNS.get((size, batch), 1))
+                found, beside = bench.speeds(batch, max(turns, FEWEST_TURNS))
                 rows += found
                 slowest.append((beside, f"x: {bench.title}, batch {batch}"))
                 print(f"{slowest[-1]}", file=sys.stderr, flush=True)
