@@ -34,6 +34,9 @@ PRIOR = 0.01
 LEAP = 4
 #: Two measured passes tell a slope where one has so many times the other's tokens.
 APART = 1.5
+#: Passes whose time drafts may waste of what they have saved before, at most: where they pay for
+#: some texts, or for the ends of texts, a bad beginning must not end them for long.
+CREDIT = 64
 #: What drafts are believed again, at least, when they are tried again.
 REVIVED = 0.5
 #: Nodes that are drafted at least, where drafts are made.
@@ -80,6 +83,8 @@ class Pace:
         self.honesty = 1.0
         #: Chance of a copied token to be right where the one before it was.
         self.copied = 0.8
+        #: Passes without drafts whose time was saved by drafts, for each size.
+        self.credit: dict[int, float] = defaultdict(float)
         self.waiting: dict[int, int] = defaultdict(int)
         self.hold: dict[int, int] = {}
         #: Tokens and seconds of the last passes with drafts, for each size.
@@ -140,8 +145,12 @@ class Pace:
         half = self.offered[size] // 2
         self.next_offer[size] = half if half >= FEWEST_OFFERED else self.widths[-1]
         self.counted[size].clear()
-        self.waiting[size] = max(self.hold.get(size, HOLD), math.ceil(drafting * plain / WASTE))
-        self.hold[size] = min(2 * self.waiting[size], LONGEST_HOLD)
+        self.credit[size] -= drafting * plain
+        if self.credit[size] >= LOST:
+            self.waiting[size], self.hold[size] = HOLD, HOLD
+        else:
+            self.waiting[size] = max(self.hold.get(size, HOLD), math.ceil(drafting * plain / WASTE))
+            self.hold[size] = min(2 * self.waiting[size], LONGEST_HOLD)
         return 1
 
     def _drafting(self, size: int) -> float:
@@ -210,7 +219,10 @@ class Pace:
     def accepted(self, rows: int, width: int, expected: float, found: float) -> None:
         """Of so many expected drafts of a pass so many were right, each the mean over rows."""
         size = _size(rows)
-        self.counted[size].append((1 + found, self.cost(size, width) + self._drafting(size)))
+        took = self.cost(size, width) + self._drafting(size)
+        self.counted[size].append((1 + found, took))
+        saved = 1 + found - took / self.cost(size, 1)
+        self.credit[size] = min(self.credit[size] + saved, CREDIT)
         if expected > 0.05:
             ratio = min(found / expected, 2.0)
             self.honesty += FORGET * (ratio - self.honesty)

@@ -88,6 +88,17 @@ def test_the_wait_doubles_and_ends() -> None:
     assert apart[-1] >= LONGEST_HOLD
 
 
+def test_a_bad_beginning_of_each_text_does_not_end_drafts() -> None:
+    """Texts of 64 tokens whose first 8 no head foresees, and all others every head: drafts are
+    tried again in each text, as what they saved pays for it."""
+    pace, drafted = Pace(), 0
+    for _ in range(40):
+        run(pace, FLAT, 8, honest=0.0, drafting=0.5)
+        taken, *_ = run(pace, FLAT, 10, drafting=0.5)
+        drafted += sum(width > 1 for width in taken)
+    assert drafted > 0.5 * 40 * 10
+
+
 def test_it_comes_back_when_drafts_pay_again() -> None:
     pace = Pace()
     run(pace, KNEE, 300, chances=[1.0, *[1e-4] * 63])
