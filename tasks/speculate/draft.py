@@ -85,18 +85,16 @@ class Drafter:
         logp_KBM = torch.cat([logp_KBM, other_KB1], -1)
         bonus_KBSM = F.pad(self.bonus_VS[ids_KBM].transpose(2, 3), (0, 1)).to(logp_KBM.dtype)
         begun_B1S = heads.begin(x_BD)[:, None]
-        sums_KBMS = self.read_VS[ids_KBM] + begun_B1S
-        state_BFS = F.silu(self.read_VS[root_B][:, None] + begun_B1S)
+        state_BFS = heads.follow(None, self.read_VS[root_B][:, None], begun_B1S)
         paths = Paths(root_B)
         for k, ids_BM in enumerate(ids_KBM):
             raised_BFM = torch.baddbmm(
                 logp_KBM[k][:, None], state_BFS.to(logp_KBM.dtype), bonus_KBSM[k]
             )
-            from_BF, which_BF = paths.grow(raised_BFM.log_softmax(-1)[..., :-1], ids_BM, beam)
+            from_BF = paths.grow(raised_BFM.log_softmax(-1)[..., :-1], ids_BM, beam)
             if k + 1 < len(ids_KBM):
-                before_BFS = chosen(state_BFS, from_BF)
-                sum_BFS = chosen(sums_KBMS[k], which_BF)
-                state_BFS = F.silu(sum_BFS + F.linear(before_BFS, heads.state_SS))
+                read_BFS = self.read_VS[paths.tokens[-1]]
+                state_BFS = heads.follow(chosen(state_BFS, from_BF), read_BFS, begun_B1S)
         return paths.whole()
 
     @staticmethod
@@ -132,11 +130,9 @@ class Paths:
         self.tokens, self.parents = [root_B[:, None]], [self.nodes_BF]
         self.logps = [self.logp_BF]
 
-    def grow(
-        self, logp_BFM: torch.Tensor, ids_BM: torch.Tensor, beam: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def grow(self, logp_BFM: torch.Tensor, ids_BM: torch.Tensor, beam: int) -> torch.Tensor:
         """Of all paths with one candidate more the likeliest `beam`: each one's place among the
-        paths before, and which candidate it took. logp_BFM: of the candidates; F may be 1."""
+        paths before, [B, F]. logp_BFM: of the candidates; F may be 1."""
         candidates = ids_BM.shape[1]
         path_BC = (self.logp_BF[..., None] + logp_BFM).flatten(1)
         self.logp_BF, pick_BF = path_BC.topk(min(beam, path_BC.shape[1]), dim=1)
@@ -148,7 +144,7 @@ class Paths:
         self.nodes_BF = torch.arange(self.made, self.made + count, device=pick_BF.device)
         self.nodes_BF = self.nodes_BF.expand(len(pick_BF), -1)
         self.made += count
-        return from_BF, which_BF
+        return from_BF
 
     def whole(self) -> list[torch.Tensor]:
         """Tokens, parents, depths and log p of all nodes, level by level, [B, A] each."""
