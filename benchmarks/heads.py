@@ -48,6 +48,7 @@ class Variant:
     heads: int = TURBO.heads
     rank: int | None = None
     state: int | None = None
+    positions: float = TURBO.positions
     chain: bool = False
     given: bool = False
 
@@ -77,6 +78,8 @@ VARIANTS = (
     Variant("3 heads", heads=3),
     Variant("5 heads", heads=5),
     Variant("9 heads", heads=9),
+    Variant("learned from a quarter of the positions", positions=0.25),
+    Variant("learned from all positions", positions=1),
     Variant("learned from the given answers", given=True),
 )
 QUICK = ("as it is", "a chain, no tree", "no state")
@@ -114,8 +117,9 @@ def measure(own: Subject, turbo: Turbo, work: Path, quick: bool) -> list[Result]
         material = given(own, desk, turbo, work) if variant.given else written
         heads, parameters = trained(variant, desk, material, turbo)
         held = written.states.texts(written.held)
+        at_C = torch.arange(len(held.tokens_T))
         with torch.inference_mode():
-            loss = float(heads_loss(heads, desk.parts, held, turbo, heads.config.state > 0))
+            loss = float(heads_loss(heads, desk.parts, held, turbo, heads.config.state > 0, at_C))
         one = 1 if variant.chain else draft.CANDIDATES
         with patch.object(draft, "CANDIDATES", one), patch.object(draft, "BEAM", one):
             _, account = desk.loop(heads, pace=Fixed(NODES))(prompts)
@@ -139,6 +143,7 @@ def trained(
     heads = TurboHeads(config, turbo.seed)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = Checkpoints(Path(scratch), variant.name)
+        turbo = turbo.model_copy(update={"positions": variant.positions})
         distil(heads, desk.parts, material.states, material.chosen, turbo, checkpoints)
     return heads.requires_grad_(False), config.parameters / config.medusa_parameters
 

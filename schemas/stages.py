@@ -157,7 +157,7 @@ class TurboSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "turbo"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
     RESUMES: ClassVar[bool] = True
     UNKEYED: ClassVar[tuple[str, ...]] = ("turbo.checkpoint_every_s",)
 

@@ -36,6 +36,12 @@ class Turbo(Frozen):
     epochs: float = Field(6, gt=0, description="Over the continuations.")
     learning_rate: float = Field(1e-2, gt=0)
     batch_tokens: int = Field(2048, ge=1, description="Written tokens of an optimiser step.")
+    positions: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of these from which the step learns, drawn at random each time.",
+    )
     decay: float = Field(0.8, gt=0, le=1, description="Weight of head k in the loss: decay^k.")
     hard: float = Field(
         0.1,

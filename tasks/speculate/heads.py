@@ -91,6 +91,31 @@ class TurboHeads(nn.Module):
             self.state_hidden_SD = drawn(s, d)
             self.out_DS = nn.Parameter(torch.zeros(d, s))
 
+    def forward(
+        self, x_ND: torch.Tensor, rows: list[int], written: list[torch.Tensor] | None
+    ) -> list[torch.Tensor]:
+        """As training reads them: of each head k what it would have the lm_head read, for the first
+        rows[k - 1] of x (no more than of the head before it), [rows, D]. Weights are in x's dtype.
+
+        written: for each head the embeddings of the tokens before its own, with which the state
+        goes on, [rows, D]; None: without the state.
+        """
+        # One product for all: x is read once.
+        low_NKR = F.linear(x_ND, self.down_KRD.flatten(0, 1))
+        low_NKR = low_NKR.view(len(x_ND), *self.down_KRD.shape[:2])
+        begun_NS = None if written is None else self.begin(x_ND)
+        state_NS: torch.Tensor | None = None
+        found = []
+        for k, count in enumerate(rows):
+            high_ND = F.linear(low_NKR[:count, k], self.up_KDR[k], self.bias_KD[k])
+            h_ND = F.silu(high_ND) + x_ND[:count]
+            if written is not None and begun_NS is not None:
+                before_NS = None if state_NS is None else state_NS[:count]
+                state_NS = self.follow(before_NS, self.read(written[k]), begun_NS[:count])
+                h_ND = h_ND + self.correction(state_NS)
+            found.append(h_ND)
+        return found
+
     def ahead(self, x_ND: torch.Tensor) -> torch.Tensor:
         """h_KND of each x: what head k would have the lm_head read, before the state's part."""
         low_KNR = x_ND @ self.down_KRD.transpose(1, 2)

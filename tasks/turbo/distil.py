@@ -1,6 +1,6 @@
 """The training loop of the heads, over the stored states. A killed run ends in the same bytes.
 
-Shapes: T positions of a step, K heads, D hidden width, S width of the state.
+Shapes: T positions of a step, C of them that it learns from, K heads, D hidden width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tasks.core.progress import bar
 from tasks.core.schedule import learning_rate, total_steps
 from tasks.speculate.heads import TurboHeads
 from tasks.speculate.parts import Parts
-from tasks.turbo.loss import HeadsLoss
+from tasks.turbo.foresee import Ahead, foreseen, learned_from, left
+from tasks.turbo.loss import HeadLoss, Scored, lanes, target_of
 from tasks.turbo.states import States, Texts
 
 
@@ -90,7 +91,8 @@ def distil(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with_state = not without_state(turbo, state.step)
-            loss = heads_loss(heads, parts, texts, turbo, with_state)
+            at_C = learned_from(texts, turbo, state.step)
+            loss = heads_loss(heads, parts, texts, turbo, with_state, at_C)
             if not math.isfinite(nats := loss.item()):
                 raise StageError(
                     f"the heads' loss is {nats} at step {state.step + 1}; lower "
@@ -129,74 +131,47 @@ def without_state(turbo: Turbo, step: int) -> bool:
 
 
 def heads_loss(
-    heads: TurboHeads, parts: Parts, texts: Texts, turbo: Turbo, with_state: bool
-) -> torch.Tensor:
-    """The mean over what the heads foresee, a float32 scalar in nats."""
-    device = parts.device
-    x_TD, tokens_T = texts.states_TD.to(device), texts.tokens_T.to(device).long()
-    left_T = left(texts).to(device)
-    h_KTD = foreseen(heads, parts, x_TD, tokens_T, with_state)
-    weights_K = [turbo.decay**k for k in range(heads.config.heads)]
-    total = sum(weight * int((left_T >= k).sum()) for k, weight in enumerate(weights_K, start=1))
-    loss: torch.Tensor = HeadsLoss.apply(  # type: ignore[no-untyped-call]
-        h_KTD,
-        x_TD,
-        parts.scored.detach(),
-        getattr(parts.lm_head, "bias", None),
-        tokens_T,
-        left_T,
-        weights_K,
-        turbo.hard,
-    )
-    return loss / max(total, 1e-9)
-
-
-def left(texts: Texts) -> torch.Tensor:
-    """How many positions of its text come after each, [T]."""
-    lengths_N = texts.offsets.diff()
-    ends_T = torch.repeat_interleave(texts.offsets[1:], lengths_N)
-    return ends_T - 1 - torch.arange(len(ends_T))
-
-
-def foreseen(
     heads: TurboHeads,
     parts: Parts,
-    x_TD: torch.Tensor,
-    tokens_T: torch.Tensor,
+    texts: Texts,
+    turbo: Turbo,
     with_state: bool,
+    at_C: torch.Tensor,
 ) -> torch.Tensor:
-    """What each head would have the lm_head read at each position, [K, T, D] in float32; with the
-    state, behind the tokens that were really written. Past the end of a text it is nothing real."""
-    x_TD = x_TD.float()
-    h_KTD = heads.ahead(x_TD)
-    if not (with_state and heads.config.state):
-        return h_KTD
-    begun_TS, state_TS = heads.begin(x_TD), None
-    # Of the tokens that are written only: for large vocabularies a small part of the embeddings.
-    written_TS = heads.read(parts.embed(tokens_T).float().detach())
-    added = []
-    for k in range(1, heads.config.heads + 1):
-        # Head k follows the tokens written at t .. t + k - 1.
-        before_TS = torch.cat([written_TS[k - 1 :], written_TS[: k - 1]])
-        state_TS = heads.follow(state_TS, before_TS, begun_TS)
-        added.append(heads.correction(state_TS))
-    return h_KTD + torch.stack(added)
+    """The mean over what the heads foresee from some positions, a float32 scalar in nats."""
+    device = parts.device
+    x_TD, tokens_T = texts.states_TD.to(device), texts.tokens_T.to(device).long()
+    scored = Scored(parts.scored.detach(), getattr(parts.lm_head, "bias", None))
+    every_T = torch.arange(lanes(len(x_TD)), device=device).clamp(max=len(x_TD) - 1)
+    target = target_of(x_TD[every_T], tokens_T[every_T], scored, turbo.hard)
+
+    ahead = Ahead.of(left(texts), at_C, heads.config.heads)
+    loss, total = torch.zeros((), device=device), 0.0
+    for k, h_CD in enumerate(foreseen(heads, parts, x_TD, tokens_T, with_state, ahead), start=1):
+        weight, count = turbo.decay ** (k - 1), ahead.counts_K[k - 1]
+        weights_C = weight * (torch.arange(len(h_CD), device=device) < count)
+        part: torch.Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
+            h_CD, target.at(ahead.after(k, k).to(device)), weights_C, scored
+        )
+        loss, total = loss + part, total + weight * count
+    return loss / max(total, 1e-9)
 
 
 @torch.inference_mode()
 def agreement(heads: TurboHeads, parts: Parts, states: States, chosen: np.ndarray) -> Agreement:
     """How often each head is right (see `Agreement`) on the chosen texts; one after another, since
     all their logits together are many."""
-    count = heads.config.heads
-    right, told = np.zeros((2, count)), np.zeros(count)
+    right, told = np.zeros((2, heads.config.heads)), np.zeros(heads.config.heads)
     for index in chosen:
         texts = states.texts(np.array([index]))
         x_TD, tokens_T = texts.states_TD.to(parts.device), texts.tokens_T.to(parts.device).long()
         own_T = parts.lm_head(x_TD).argmax(-1)
+        ahead = Ahead.of(left(texts), torch.arange(len(x_TD)), heads.config.heads)
         for with_state in (False, True):
-            h_KTD = foreseen(heads, parts, x_TD, tokens_T, with_state)
-            for k in range(1, min(count, len(own_T) - 1) + 1):
-                guess_T = parts.lm_head(h_KTD[k - 1, :-k].to(x_TD.dtype)).argmax(-1)
-                right[int(with_state), k - 1] += int((guess_T == own_T[k:]).sum())
-        told += [max(len(own_T) - k, 0) for k in range(1, count + 1)]
+            every = foreseen(heads, parts, x_TD, tokens_T, with_state, ahead)
+            for k, (h_CD, count) in enumerate(zip(every, ahead.counts_K, strict=True), start=1):
+                guess_C = parts.lm_head(h_CD[:count]).argmax(-1)
+                after_C = ahead.after(k, k)[:count].to(parts.device)
+                right[int(with_state), k - 1] += int((guess_C == own_T[after_C]).sum())
+        told += ahead.counts_K
     return Agreement(*(right / np.maximum(told, 1)).tolist())
