@@ -260,12 +260,13 @@ class Writer:
         accepted: list[list[int]] = []
         lengths = [row.length for row in active]
         width = tree.tokens_BN.shape[1]
-        found = 0
+        before, after = [], []
         for row, (root, deepest, *both) in zip(active, told, strict=True):
             path = [node for node in range(width) if both[width + node]]
             kept = self._take(row, [*(both[node] for node in path[1:]), root], stops, listener)
             account.note(kept, len(path) - 1, deepest)
-            found += len(path) - 1
+            after.append(0 if row.ended else row.room - len(row.tokens))
+            before.append(after[-1] + kept)
             row.length += len(path)
             accepted.append([] if row.ended else path)
         cache.accept(lengths, accepted)
@@ -274,7 +275,7 @@ class Writer:
         took = time.perf_counter() - begun
         self.pace.took(len(active), width, took, begun - began if drafted is not None else None)
         if width > 1 and drafted is not None:
-            self.pace.accepted(len(active), width, sum(drafted[1:width]), found / len(active))
+            self.pace.accepted(width, sum(drafted[1:width]), before, after)
         return hidden_BND[rows_B, leaf_B], root_B
 
     def _drafts(

@@ -32,7 +32,8 @@ LEAST = 1e-6
 class Drafter:
     """Heads with the lm_head and the embeddings of their model, ready to draft.
 
-    It holds two tables of [V, S] in the dtype of the heads beside them, if they have a state.
+    It holds two tables of [V, S] in the dtype of the heads beside them, if they have a state; one
+    has a row more.
     """
 
     @torch.inference_mode()
@@ -48,7 +49,9 @@ class Drafter:
         self.heads, self.lm_head = heads, lm_head
         if heads.config.state:
             every = torch.split(torch.arange(len(scored), device=scored.device), CHUNK)
-            self.bonus_VS = torch.cat([heads.bonus_of(scored[ids]) for ids in every])
+            bonus = [heads.bonus_of(scored[ids]) for ids in every]
+            # A row more: all tokens that are no candidate, which the state does not change.
+            self.bonus_VS = torch.cat([*bonus, torch.zeros_like(bonus[0][:1])])
             self.read_VS = torch.cat([heads.read(embed(ids)) for ids in every])
 
     @torch.inference_mode()
@@ -80,16 +83,17 @@ class Drafter:
         beam: int,
     ) -> list[torch.Tensor]:
         heads = self.heads
-        # All other tokens are one candidate more, which the state does not change.
+        # All other tokens together are one candidate more.
         other_KB1 = torch.log1p(-logp_KBM.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST))
         logp_KBM = torch.cat([logp_KBM, other_KB1], -1)
-        bonus_KBSM = F.pad(self.bonus_VS[ids_KBM].transpose(2, 3), (0, 1)).to(logp_KBM.dtype)
+        scored_KBM = F.pad(ids_KBM, (0, 1), value=len(self.bonus_VS) - 1)
+        bonus_KBMS = F.embedding(scored_KBM, self.bonus_VS).to(logp_KBM.dtype)
         begun_B1S = heads.begin(x_BD)[:, None]
         state_BFS = heads.follow(None, self.read_VS[root_B][:, None], begun_B1S)
         paths = Paths(root_B)
         for k, ids_BM in enumerate(ids_KBM):
             raised_BFM = torch.baddbmm(
-                logp_KBM[k][:, None], state_BFS.to(logp_KBM.dtype), bonus_KBSM[k]
+                logp_KBM[k][:, None], state_BFS.to(logp_KBM.dtype), bonus_KBMS[k].mT
             )
             from_BF = paths.grow(raised_BFM.log_softmax(-1)[..., :-1], ids_BM, beam)
             if k + 1 < len(ids_KBM):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 #: Nodes of a pass. Few different ones, so that each is measured soon and compiled once.
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -22,8 +23,11 @@ MARGIN = 1.02
 HOLD, LONGEST_HOLD = 8, 512
 #: What drafts may cost where they do not pay, as a share of the passes until they are tried again.
 WASTE = 0.01
-#: A pass without drafts is timed again after so many with: soon, until one is known.
+#: Passes without drafts are timed again after so many with: soon, until one is known.
 REFRESH, SOON = 256, 4
+#: So many of them, one right after the other: between passes with drafts one alone takes longer
+#: than it would without any, and drafts would seem to pay that do not.
+TOGETHER = 3
 #: After so many passes with drafts it is counted what they brought, whatever was expected.
 COUNTED = 16
 #: Passes without drafts whose time may be lost before that.
@@ -79,19 +83,21 @@ class Pace:
         """widest: nodes that a pass has at most; 1: never a draft."""
         self.widths = tuple(width for width in WIDTHS if width <= widest)
         self.passes, self.drafts = Times(), Times()
-        #: Accepted drafts over expected ones.
-        self.honesty = 1.0
+        #: Passes that drafts saved over those they were expected to, for each size.
+        self.honesty: dict[int, float] = defaultdict(lambda: 1.0)
         #: Chance of a copied token to be right where the one before it was.
         self.copied = 0.8
         #: Passes without drafts whose time was saved by drafts, for each size.
         self.credit: dict[int, float] = defaultdict(float)
         self.waiting: dict[int, int] = defaultdict(int)
         self.hold: dict[int, int] = {}
-        #: Tokens and seconds of the last passes with drafts, for each size.
+        #: Of the last passes with drafts those they stood for, and seconds, for each size.
         self.counted: dict[int, deque[tuple[float, float]]] = defaultdict(
             lambda: deque(maxlen=COUNTED)
         )
         self.since_plain: dict[int, int] = defaultdict(int)
+        #: Passes without drafts that are still to be timed.
+        self.timing: dict[int, int] = defaultdict(int)
         #: Widths that were taken last, for each size, and nodes that drafts were made for.
         self.chosen: dict[int, deque[int]] = defaultdict(lambda: deque(maxlen=KEPT))
         self.offered: dict[int, int] = defaultdict(lambda: self.widths[-1])
@@ -106,13 +112,17 @@ class Pace:
             self.waiting[size] -= 1
             if not self.waiting[size]:
                 # What was drafted badly of one text may be good of the next.
-                self.honesty = max(self.honesty, REVIVED)
+                self.honesty[size] = max(self.honesty[size], REVIVED)
+            return False
+        if self.timing[size]:
+            self.timing[size] -= 1
             return False
         self.since_plain[size] += 1
         plain = size, 1
         settled = plain in self.passes.kept and plain not in self.passes.fresh
         if self.since_plain[size] > (REFRESH if settled else SOON):
             self.since_plain[size] = 0
+            self.timing[size] = TOGETHER - 1
             return False
         return True
 
@@ -132,7 +142,7 @@ class Pace:
         for width in self.widths[1:]:
             if width > len(chances) or size * width > most:
                 break
-            gain = sum(chances[1:width]) * self.honesty
+            gain = sum(chances[1:width]) * self.honesty[size]
             rate = self.rate(size, width, gain, drafting)
             if rate > best:
                 best, found = rate, width
@@ -216,17 +226,35 @@ class Pace:
         if drafting is not None:
             self.drafts.add((size, self.offered[size]), drafting)
 
-    def accepted(self, rows: int, width: int, expected: float, found: float) -> None:
-        """Of so many expected drafts of a pass so many were right, each the mean over rows."""
-        size = _size(rows)
-        took = self.cost(size, width) + self._drafting(size)
-        self.counted[size].append((1 + found, took))
-        saved = 1 + found - took / self.cost(size, 1)
-        self.credit[size] = min(self.credit[size] + saved, CREDIT)
+    def accepted(
+        self, width: int, expected: float, before: Sequence[float], after: Sequence[float]
+    ) -> None:
+        """A pass with drafts, of which so many were expected to be right, the mean over rows.
+
+        before, after: tokens that each row had and has to write, as far as is known.
+        """
+        size = _size(len(before))
+        took, plain = self.cost(size, width) + self._drafting(size), self.cost(size, 1)
+        stood_for = (self._without(before) - self._without(after)) / plain
+        self.counted[size].append((stood_for, took))
+        self.credit[size] = min(self.credit[size] + stood_for - took / plain, CREDIT)
         if expected > 0.05:
-            ratio = min(found / expected, 2.0)
-            self.honesty += FORGET * (ratio - self.honesty)
-            self.honesty = min(self.honesty, 1.2)
+            ratio = min((stood_for - 1) / expected, 2.0)
+            believed = self.honesty[size] + FORGET * (ratio - self.honesty[size])
+            self.honesty[size] = min(believed, 1.2)
+
+    def _without(self, left: Sequence[float]) -> float:
+        """Seconds that rows with so many tokens left would take without drafts. A pass over few
+        rows often takes as long as one over all: then what brings the last row forward counts, and
+        what others gain is waiting for it."""
+        ordered = sorted(left)
+        seconds, usual_ = 0.0, math.inf
+        for rows, (less, more) in zip(
+            range(len(left), 0, -1), pairwise([0, *ordered]), strict=True
+        ):
+            usual_ = min(usual_, self.cost(_size(rows), 1))
+            seconds += usual_ * (more - less)
+        return seconds
 
 
 class Fixed(Pace):
