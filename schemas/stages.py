@@ -75,7 +75,7 @@ class CostSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "cost"
-    VERSION: ClassVar[int] = 9
+    VERSION: ClassVar[int] = 10
 
     task: Task
     shape: dict[str, Any] | None = Field(description="In place of a base.")

@@ -24,8 +24,8 @@ from tasks.train.batching import (
 from tasks.train.pairs import held_lengths, longest_sides
 
 TOKENS = Path("tokens") / "train.safetensors"
-#: Steps whose micro-batches are looked at for the largest.
-LOOKED_AT = 64
+#: Steps whose micro-batches are looked at for the largest, some 40 microseconds each.
+LOOKED_AT = 1000
 #: Activations of a token, in scores: a layer keeps some 16 times its width, and a head of 64 has
 #: one score for each token of the row.
 OF_A_TOKEN = 1024

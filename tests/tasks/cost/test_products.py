@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,19 +95,7 @@ def test_a_product_is_its_operation_its_shapes_and_how_they_lie():
 
 
 def test_shapes_that_a_run_has_met_with_the_largest_share_at_each(tmp_path):
-    draw = np.random.default_rng(0)
-    lengths = draw.integers(8, 60, 200)
-    ends = np.cumsum([0, *lengths])
-    rows = TokenRows(
-        input_ids=np.zeros(ends[-1], dtype=np.int32),
-        offsets=ends,
-        source_rows=np.arange(200),
-        loss_mask=np.ones(ends[-1], dtype=np.uint8),
-        answer_start=np.zeros(200, dtype=np.int64),
-        labels=np.zeros(200, dtype=np.int64),
-    )
-    (tmp_path / "tokens").mkdir()
-    rows.save(tmp_path / "tokens" / "train.safetensors")
+    rows = saved(np.random.default_rng(0).integers(8, 60, 200), tmp_path)
     train, layout = Train(batch_tokens=500, max_steps=6), Layout(450, packed=True)
     met = load_of(tmp_path, TASK, train, layout, FullRow(64)).met
     plan = Plan(rows.lengths, train.batch_tokens, train.seed)
@@ -116,6 +105,35 @@ def test_shapes_that_a_run_has_met_with_the_largest_share_at_each(tmp_path):
     assert met is not None
     assert max(met) == len(set(widths)) > 1
     assert max(met.values()) == 1.0
+
+
+def saved(lengths: np.ndarray, prepared: Path) -> TokenRows:
+    count, ends = len(lengths), np.cumsum([0, *lengths])
+    rows = TokenRows(
+        input_ids=np.zeros(ends[-1], dtype=np.int32),
+        offsets=ends,
+        source_rows=np.arange(count),
+        loss_mask=np.ones(ends[-1], dtype=np.uint8),
+        answer_start=np.zeros(count, dtype=np.int64),
+        labels=np.zeros(count, dtype=np.int64),
+    )
+    (prepared / "tokens").mkdir()
+    rows.save(prepared / "tokens" / "train.safetensors")
+    return rows
+
+
+def test_the_largest_micro_batch_is_found_wherever_it_comes(tmp_path):
+    """Of a run of hundreds of steps the first 64 had a seventh less (banking77)."""
+    lengths = np.full(4000, 8)
+    train, layout = Train(batch_tokens=100), Layout(4000, packed=False)
+    plan = Plan(lengths, train.batch_tokens, train.seed)
+    late = plan.epoch(0)[250]
+    lengths[late[0]] = 60
+    rows = saved(lengths, tmp_path)
+    load = load_of(tmp_path, "sequence-classification", train, layout, FullRow(64))
+    largest = rows.lengths[load.micro_batch]
+    assert largest.max() == 60
+    assert len(largest) > 1
 
 
 def of(met: dict[int, float] | None, both: int = 20, peak: float = 100.0) -> DryRun:
