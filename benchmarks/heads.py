@@ -33,7 +33,7 @@ from tasks.speculate import draft
 from tasks.speculate.heads import HeadsConfig, TurboHeads
 from tasks.speculate.pace import Fixed
 from tasks.turbo import continuations
-from tasks.turbo.distil import distil, heads_loss
+from tasks.turbo.distil import distil, heads_loss, scored_by
 from tasks.turbo.sizes import sized
 from tasks.turbo.states import States, save, shard_path, shards_of
 
@@ -118,8 +118,9 @@ def measure(own: Subject, turbo: Turbo, work: Path, quick: bool) -> list[Result]
         heads, parameters = trained(variant, desk, material, turbo)
         held = written.states.texts(written.held)
         at_C = torch.arange(len(held.tokens_T))
+        parts, with_state = desk.parts, heads.config.state > 0
         with torch.inference_mode():
-            loss = float(heads_loss(heads, desk.parts, held, turbo, heads.config.state > 0, at_C))
+            loss = float(heads_loss(heads, parts, scored_by(parts), held, turbo, with_state, at_C))
         one = 1 if variant.chain else draft.CANDIDATES
         with patch.object(draft, "CANDIDATES", one), patch.object(draft, "BEAM", one):
             _, account = desk.loop(heads, pace=Fixed(NODES))(prompts)

@@ -265,8 +265,10 @@ class Writer:
             path = [node for node in range(width) if both[width + node]]
             kept = self._take(row, [*(both[node] for node in path[1:]), root], stops, listener)
             account.note(kept, len(path) - 1, deepest)
-            after.append(0 if row.ended else row.room - len(row.tokens))
+            after.append(0 if row.ended else self.pace.left(len(row.tokens), row.room))
             before.append(after[-1] + kept)
+            if row.ended:
+                self.pace.ended(len(row.tokens))
             row.length += len(path)
             accepted.append([] if row.ended else path)
         cache.accept(lengths, accepted)

@@ -102,12 +102,12 @@ class TurboHeads(nn.Module):
         """
         # One product for all: x is read once.
         low_NKR = F.linear(x_ND, self.down_KRD.flatten(0, 1))
-        low_NKR = low_NKR.view(len(x_ND), *self.down_KRD.shape[:2])
+        each_NR = low_NKR.view(len(x_ND), *self.down_KRD.shape[:2]).unbind(1)
         begun_NS = None if written is None else self.begin(x_ND)
         state_NS: torch.Tensor | None = None
         found = []
-        for k, count in enumerate(rows):
-            high_ND = F.linear(low_NKR[:count, k], self.up_KDR[k], self.bias_KD[k])
+        for k, (count, low_NR) in enumerate(zip(rows, each_NR, strict=True)):
+            high_ND = F.linear(low_NR[:count], self.up_KDR[k], self.bias_KD[k])
             h_ND = F.silu(high_ND) + x_ND[:count]
             if written is not None and begun_NS is not None:
                 before_NS = None if state_NS is None else state_NS[:count]

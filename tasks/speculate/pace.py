@@ -1,9 +1,9 @@
 """How many drafts a pass verifies, so that tokens come fastest: never slower than none.
 
-A pass over N nodes is expected to bring 1 + the sum of their chances in tokens, and costs the
-time that such passes took here. With few rows and a large model a wide pass costs little more
-than one token; with many rows, or a small model, it does. Where no width is faster than no drafts
-at all, none are made, for longer each time, and then tried again.
+A pass over N nodes is expected to stand for 1 + the sum of their chances in passes without drafts,
+and costs the time that such passes took here. With few rows and a large model a wide pass costs
+little more than one token; with many rows, or a small model, it does. Where no width is faster than
+no drafts at all, none are made, for longer each time, and then tried again.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Pace:
         """widest: nodes that a pass has at most; 1: never a draft."""
         self.widths = tuple(width for width in WIDTHS if width <= widest)
         self.passes, self.drafts = Times(), Times()
+        #: Tokens that answers usually have; None until one has ended.
+        self.length: float | None = None
         #: Passes that drafts saved over those they were expected to, for each size.
         self.honesty: dict[int, float] = defaultdict(lambda: 1.0)
         #: Chance of a copied token to be right where the one before it was.
@@ -170,8 +172,8 @@ class Pace:
     def _paid(self, size: int, plain: float) -> bool:
         """Whether the passes with drafts that were counted last were worth it."""
         last = self.counted[size]
-        tokens, seconds = (sum(part) for part in zip((0.0, 0.0), *last, strict=True))
-        lost = seconds * plain - tokens
+        stood_for, seconds = (sum(part) for part in zip((0.0, 0.0), *last, strict=True))
+        lost = seconds * plain - stood_for
         if len(last) == COUNTED:
             last.clear()
         elif lost < LOST:
@@ -182,7 +184,7 @@ class Pace:
         return True
 
     def rate(self, size: int, width: int, gain: float, drafting: float) -> float:
-        """Tokens a second of each row."""
+        """Passes without drafts that one of so many nodes stands for, a second."""
         return (1 + gain) / (self.cost(size, width) + drafting)
 
     def cost(self, size: int, width: int) -> float:
@@ -226,16 +228,33 @@ class Pace:
         if drafting is not None:
             self.drafts.add((size, self.offered[size]), drafting)
 
+    def left(self, written: int, room: int) -> int:
+        """Tokens that an answer has still to get, as far as is known: as many as answers usually
+        have, and not more than there is room for."""
+        usually = room if self.length is None else min(round(self.length), room)
+        return max(usually - written, 1)
+
+    def ended(self, written: int) -> None:
+        """An answer has so many tokens."""
+        before = written if self.length is None else self.length
+        self.length = before + FORGET * (written - before)
+
     def accepted(
         self, width: int, expected: float, before: Sequence[float], after: Sequence[float]
     ) -> None:
         """A pass with drafts, of which so many were expected to be right, the mean over rows.
 
-        before, after: tokens that each row had and has to write, as far as is known.
+        before, after: tokens that each row had and has to get, as `left` says it.
         """
         size = _size(len(before))
-        took, plain = self.cost(size, width) + self._drafting(size), self.cost(size, 1)
-        stood_for = (self._without(before) - self._without(after)) / plain
+        took = self.cost(size, width) + self._drafting(size)
+        # Of fewer rows no more than of more.
+        costs: dict[int, float] = {}
+        plain, fewer = self.cost(size, 1), size
+        while fewer:
+            costs[fewer] = min(self.cost(fewer, 1), costs.get(2 * fewer, plain))
+            fewer //= 2
+        stood_for = (_without(before, costs) - _without(after, costs)) / plain
         self.counted[size].append((stood_for, took))
         self.credit[size] = min(self.credit[size] + stood_for - took / plain, CREDIT)
         if expected > 0.05:
@@ -243,18 +262,13 @@ class Pace:
             believed = self.honesty[size] + FORGET * (ratio - self.honesty[size])
             self.honesty[size] = min(believed, 1.2)
 
-    def _without(self, left: Sequence[float]) -> float:
-        """Seconds that rows with so many tokens left would take without drafts. A pass over few
-        rows often takes as long as one over all: then what brings the last row forward counts, and
-        what others gain is waiting for it."""
-        ordered = sorted(left)
-        seconds, usual_ = 0.0, math.inf
-        for rows, (less, more) in zip(
-            range(len(left), 0, -1), pairwise([0, *ordered]), strict=True
-        ):
-            usual_ = min(usual_, self.cost(_size(rows), 1))
-            seconds += usual_ * (more - less)
-        return seconds
+
+def _without(left: Sequence[float], costs: dict[int, float]) -> float:
+    """Seconds that rows with so many tokens left would take without drafts. A pass over few rows
+    often takes as long as one over all: then what brings the last row forward counts, and what
+    others gain is waiting for it. costs: of a pass, by rows as a power of two."""
+    steps = zip(range(len(left), 0, -1), pairwise([0, *sorted(left)]), strict=True)
+    return sum(costs[_size(rows)] * (more - less) for rows, (less, more) in steps)
 
 
 class Fixed(Pace):

@@ -79,7 +79,7 @@ def distil(
     state = checkpoints.restore(weights, optimizer, Nothing()) or RunState()
     began, before, saved = time.monotonic(), state.seconds, time.monotonic()
     order: list[np.ndarray] = []
-    epoch = -1
+    epoch, scored = -1, scored_by(parts)
     with bar("distil", steps, "steps", done=state.step) as progress:
         while state.step < steps:
             if state.step // plan.steps_per_epoch != epoch:
@@ -92,7 +92,7 @@ def distil(
                 group["lr"] = rate
             with_state = not without_state(turbo, state.step)
             at_C = learned_from(texts, turbo, state.step)
-            loss = heads_loss(heads, parts, texts, turbo, with_state, at_C)
+            loss = heads_loss(heads, parts, scored, texts, turbo, with_state, at_C)
             if not math.isfinite(nats := loss.item()):
                 raise StageError(
                     f"the heads' loss is {nats} at step {state.step + 1}; lower "
@@ -130,18 +130,25 @@ def without_state(turbo: Turbo, step: int) -> bool:
     return drawn < turbo.state_dropout
 
 
+def scored_by(parts: Parts) -> Scored:
+    return Scored.of(parts.scored, getattr(parts.lm_head, "bias", None))
+
+
 def heads_loss(
     heads: TurboHeads,
     parts: Parts,
+    scored: Scored,
     texts: Texts,
     turbo: Turbo,
     with_state: bool,
     at_C: torch.Tensor,
 ) -> torch.Tensor:
-    """The mean over what the heads foresee from some positions, a float32 scalar in nats."""
+    """The mean over what the heads foresee from some positions, a float32 scalar in nats.
+
+    scored: of the model's lm_head, as `scored_by` makes it.
+    """
     device = parts.device
     x_TD, tokens_T = texts.states_TD.to(device), texts.tokens_T.to(device).long()
-    scored = Scored(parts.scored.detach(), getattr(parts.lm_head, "bias", None))
     every_T = torch.arange(lanes(len(x_TD)), device=device).clamp(max=len(x_TD) - 1)
     target = target_of(x_TD[every_T], tokens_T[every_T], scored, turbo.hard)
 

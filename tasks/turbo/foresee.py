@@ -36,9 +36,9 @@ def learned_from(texts: Texts, turbo: Turbo, step: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Positions to foresee from, those with most of their text before them first, so that what
-    head k has to foresee is the first counts_K[k - 1] of them. They are filled up with the last one
-    to whole lanes, which nothing is learned from."""
+    """Positions to foresee from, those with most of their text still to come first, so that head k
+    looks ahead from the first counts_K[k - 1] of them. They are filled up with the last one to
+    whole lanes, and nothing is learned from what is filled up."""
 
     at_C: torch.Tensor
     counts_K: list[int]

@@ -28,6 +28,8 @@ import torch.nn.functional as F
 
 #: Positions come in multiples of it: oneDNN compiles a product anew for each number of rows.
 LANE = 128
+#: Rows of the lm_head that are widened at a time.
+CHUNK = 8192
 #: Bytes of logits that one block may have, in float32. 512 rows of 2,048 tokens: the products run
 #: at full speed, and what lies between them stays in the cache.
 BLOCK_BYTES = 4 << 20
@@ -35,10 +37,22 @@ BLOCK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Scored:
-    """The frozen lm_head: its rows, and what it adds to each logit."""
+    """The frozen lm_head: its rows, less their mean, and what it adds to each logit.
+
+    What all rows share changes no probability and no difference of mean rows, but in 8 bits such a
+    difference would be lost beside it; many models' rows share much.
+    """
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> Scored:
+        mean_D = weight_VD.mean(0, dtype=torch.float32)
+        chunks = torch.split(weight_VD.detach(), CHUNK)
+        parts = [(rows - mean_D).to(rows.dtype) for rows in chunks]
+        return cls(torch.cat(parts), bias_V)
 
     def read(self, h_CD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """E_q of each row, [C, D] in its dtype, and the logarithm of the sum that softmax divides

@@ -153,6 +153,18 @@ def test_what_does_not_bring_the_last_row_forward_is_waited_with() -> None:
         assert pace.counted[16][-1][0] == pytest.approx(gained)
 
 
+def test_what_answers_usually_have_is_what_is_left_of_them() -> None:
+    """Answers of 20 tokens where there is room for 200: a row is not behind for the room it has."""
+    pace = Pace()
+    assert pace.left(5, 200) == 195
+    for _ in range(100):
+        pace.ended(20)
+    assert (pace.left(5, 200), pace.left(5, 12), pace.left(30, 200)) == (15, 7, 1)
+    for _ in range(200):
+        pace.ended(100)
+    assert pace.left(5, 200) == 95
+
+
 def test_a_pass_costs_by_its_tokens() -> None:
     """What 16 rows have shown holds for one: no plain pass is needed first, and no search."""
     by_tokens = {rows: lambda width, rows=rows: max(1.0, rows * width / 64) for rows in (1, 16)}
