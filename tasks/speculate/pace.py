@@ -166,8 +166,13 @@ class Pace:
         return 1
 
     def _drafting(self, size: int) -> float:
-        """Seconds of drafts for as many nodes as were offered last; 0 until they are measured."""
-        return self.drafts.known((size, self.offered[size])) or 0.0
+        """Seconds of drafts for as many nodes as were offered last; 0 until they are measured.
+
+        The first ones compile what they need, and may take many passes: they count as one without
+        drafts, or nobody would ask for the second for hundreds of passes."""
+        shape = size, self.offered[size]
+        own = self.drafts.known(shape) or 0.0
+        return min(own, self.cost(size, 1)) if shape in self.drafts.fresh else own
 
     def _paid(self, size: int, plain: float) -> bool:
         """Whether the passes with drafts that were counted last were worth it."""

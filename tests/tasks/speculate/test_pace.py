@@ -153,6 +153,22 @@ def test_what_does_not_bring_the_last_row_forward_is_waited_with() -> None:
         assert pace.counted[16][-1][0] == pytest.approx(gained)
 
 
+def test_a_first_draft_that_compiles_for_long_does_not_end_drafts() -> None:
+    pace = Pace()
+    passes = []
+    for _ in range(60):
+        drafts = pace.drafting(1)
+        # The first drafts of each number of nodes take as long as 30 passes.
+        slow = drafts and (1, pace.offer(1)) not in pace.drafts.kept
+        width = pace.width(1, CHANCES) if drafts else 1
+        pace.took(1, width, 1.0, (30.0 if slow else 0.01) if drafts else None)
+        if width > 1:
+            right = sum(CHANCES[1:width])
+            pace.accepted(width, right, [100.0], [99.0 - right])
+        passes.append(width)
+    assert passes[30:].count(64) > 20
+
+
 def test_what_answers_usually_have_is_what_is_left_of_them() -> None:
     """Answers of 20 tokens where there is room for 200: a row is not behind for the room it has."""
     pace = Pace()
