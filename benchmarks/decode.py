@@ -1,6 +1,7 @@
 """Decoding with Turbo heads beside transformers' generate() and Medusa-1's heads.
 
-    python benchmarks/decode.py [--quick] [--work DIR] [--tasks json] [--turns 0.5]
+    python benchmarks/decode.py [--quick] [--work DIR] [--tasks json] [--sizes grown]
+                                [--batches 1,16] [--turns 0.5]
     python benchmarks/decode.py --ties [--sizes embedded] [--work DIR] [--tasks json]
 
 Two models (the embedded base; the same grown to 128 M parameters, whose decoding is bound by
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -86,7 +87,8 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: all of them")
     parser.add_argument("--turns", type=float, default=1.0, help="times as many turns")
     parser.add_argument("--ties", action="store_true", help="compare answers, time nothing")
-    parser.add_argument("--sizes", default=",".join(SIZES), help="with --ties; default: both")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="default: both")
+    parser.add_argument("--batches", help="e.g. 1,16; default: all; with some no peaks")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
@@ -100,10 +102,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="decode-") as name:
         work = (arguments.work or Path(name)).resolve()
         work.mkdir(parents=True, exist_ok=True)
+        tasks, sizes = arguments.tasks.split(","), arguments.sizes.split(",")
         if arguments.ties:
-            rows = ties(work, arguments.tasks.split(","), arguments.sizes.split(","))
+            rows = ties(work, tasks, sizes)
+        elif arguments.quick:
+            rows = measure(work, ["json"], sizes, QUICK_TURNS)
         else:
-            rows = measure(work, arguments.tasks.split(","), arguments.turns, arguments.quick)
+            chosen = map(int, arguments.batches.split(",")) if arguments.batches else TURNS
+            turns = {batch: TURNS[batch] * arguments.turns for batch in chosen}
+            rows = measure(work, tasks, sizes, turns)
+            if not arguments.batches:
+                rows += peaks(work)
     write(
         "ties" if arguments.ties else "decode",
         rows,
@@ -112,28 +121,32 @@ def main() -> None:
     )
 
 
-def measure(work: Path, tasks: list[str], share: float, quick: bool) -> list[Result]:
-    """share: of the usual turns."""
+def measure(
+    work: Path, tasks: list[str], sizes: list[str], turns_of: Mapping[int, float]
+) -> list[Result]:
+    """turns_of: by batch size."""
     rows: list[Result] = []
     slowest: list[tuple[float, str]] = []
-    for task in ["json"] if quick else tasks:
-        for size in SIZES:
-            bench = Bench(size, task, work)
-            began = time.monotonic()
-            rows += bench.training() + bench.lengths()
-            for batch, turns in (QUICK_TURNS if quick else TURNS).items():
-                turns = round(turns * share * MORE_TURNS.get((size, batch), 1))
-                found, beside = bench.speeds(batch, max(turns, FEWEST_TURNS))
-                rows += found
-                slowest.append((beside, f"x: {bench.title}, batch {batch}"))
-                print(f"{slowest[-1]}", file=sys.stderr, flush=True)
-            print(f"{bench.title}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    for task, size in product(tasks, sizes):
+        bench = Bench(size, task, work)
+        began = time.monotonic()
+        rows += bench.training() + bench.lengths()
+        for batch, usual in turns_of.items():
+            turns = round(usual * MORE_TURNS.get((size, batch), 1))
+            found, beside = bench.speeds(batch, max(turns, FEWEST_TURNS))
+            rows += found
+            slowest.append((beside, f"x: {bench.title}, batch {batch}"))
+            print(f"{slowest[-1]}", file=sys.stderr, flush=True)
+        print(f"{bench.title}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     worst, where = min(slowest)
-    rows.append(at_least("heads to none, at worst", worst, where, 0.97))
-    for batch in () if quick else PEAKS:
-        for name in (GENERATE, PLAIN, HEADS, MEDUSA):
-            mib = spawn_peak(work, "grown", "json", name, str(batch))
-            rows.append(Result(f"grown, json, batch {batch}, {name}: peak", round(mib), "MiB"))
+    return [*rows, at_least("heads to none, at worst", worst, where, 0.97)]
+
+
+def peaks(work: Path) -> list[Result]:
+    rows: list[Result] = []
+    for batch, name in product(PEAKS, (GENERATE, PLAIN, HEADS, MEDUSA)):
+        mib = spawn_peak(work, "grown", "json", name, str(batch))
+        rows.append(Result(f"grown, json, batch {batch}, {name}: peak", round(mib), "MiB"))
     return rows
 
 
