@@ -41,7 +41,13 @@ from schemas.stages import (
 from schemas.tasks import is_labelled, reads_images
 from schemas.together import Candidate
 from schemas.turbo import Turbo
-from tasks.core.bases import base_files, require_safetensors, tokenizer_files
+from tasks.core.bases import (
+    base_files,
+    refuse_pickles,
+    require_safetensors,
+    tokenizer_files,
+    weight_files,
+)
 from tasks.core.store import read_manifest
 from tasks.prepare.references import named_images
 
@@ -79,6 +85,10 @@ class Step:
         return " ".join(filter(None, words))
 
 
+#: Weights that a plan hashes where they are new to it: more take longer than it may.
+PLANNED_BYTES = 2**29
+
+
 class NotYetError(StageError):
     """What is asked for next is still to be made."""
 
@@ -96,15 +106,21 @@ def figures_of(made: Made) -> dict[str, float]:
 
 
 class Calls:
-    """Makes the steps of one recipe in one home. Nothing heavy is imported or read twice."""
+    """Makes the steps of one recipe in one home. Nothing heavy is imported or read twice.
 
-    def __init__(self, recipe: Recipe, recipe_path: Path, home: Home) -> None:
-        self.recipe, self.home = recipe, home
+    planning: the base's weights need not be here, and none of a hub's are fetched. Steps that read
+    them then raise a NotYetError, as they do where hashing them takes long.
+    """
+
+    def __init__(
+        self, recipe: Recipe, recipe_path: Path, home: Home, *, planning: bool = False
+    ) -> None:
+        self.recipe, self.home, self._planning = recipe, home, planning
         self._path = recipe_path
         self._hashes = FileHashes(home.cache / "hashes.json")
         check_sources(recipe, recipe_path)
-        self.base = base_directory(recipe, recipe_path)
-        check_base(self.base)
+        self.base = base_directory(recipe, recipe_path, weights=not planning)
+        check_base(self.base, weights=not planning)
 
     def inspect(self) -> Step:
         """Reads the base's configuration alone: shapes need no weights and no rows."""
@@ -322,7 +338,23 @@ class Calls:
 
     @cached_property
     def _weights(self) -> dict[str, str]:
+        if self.unread is not None:
+            raise NotYetError(self.unread)
         return {"base": self._hashes.of_files(base_files(self.base))}
+
+    @cached_property
+    def unread(self) -> str | None:
+        """When the steps that read the base's weights can be told, where a plan cannot tell."""
+        if not self._planning:
+            return None
+        if not weight_files(self.base):
+            return "when the base's weights are here"
+        size = self._hashes.unread(base_files(self.base))
+        return (
+            f"when a run has read the base's {size / 2**30:.1f} GiB"
+            if size > PLANNED_BYTES
+            else None
+        )
 
     def _step(
         self,
@@ -394,8 +426,11 @@ def cost_spec(recipe: Recipe, dtype: str) -> CostSpec:
     )
 
 
-def check_base(base: Path) -> None:
-    """Raise a UserError, before torch loads, for what is no safetensors checkpoint."""
+def check_base(base: Path, *, weights: bool = True) -> None:
+    """Raise a UserError, before torch loads, for what is no safetensors checkpoint.
+
+    weights: whether they have to be there; pickles may not, in any case.
+    """
     if not base.is_dir():
         raise UserError.at(base, "is not a directory", "give a transformers directory")
     if not (base / "config.json").is_file():
@@ -404,7 +439,10 @@ def check_base(base: Path) -> None:
             "holds no config.json",
             "give a transformers directory (config.json, *.safetensors)",
         )
-    require_safetensors(base)
+    if weights:
+        require_safetensors(base)
+    elif not weight_files(base):
+        refuse_pickles(base)
 
 
 def check_sources(recipe: Recipe, recipe_path: Path) -> None:

@@ -44,12 +44,13 @@ class Planned:
 def plan_recipe(
     recipe_path: Path, overrides: list[str], home: Home, device: str | None = None
 ) -> Planned:
-    """What each candidate would cost, and the steps. A base given by its shape has no steps."""
+    """What each candidate would cost, and the steps. A base given by its shape has no steps, and
+    of one whose weights are not here those that read none."""
     recipe = load_recipe(recipe_path, overrides)
     home.open()
     with maker(recipe, home) as make, rates(recipe.base.dtype, home) as rate:
         if recipe.base.shape is not None:
             return Planned([], {}, costs(recipe, None, home, device, make, rate))
-        calls = Calls(recipe, recipe_path, home)
+        calls = Calls(recipe, recipe_path, home, planning=True)
         steps, later = planned(calls)
         return Planned(steps, later, costs(recipe, calls, home, device, make, rate))

@@ -12,12 +12,16 @@ from schemas.errors import UserError
 from schemas.load import is_hub_id, resolve
 from schemas.recipe import Data, Recipe, Source
 
+#: What a base is described by: its configuration and its tokenizer.
+TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 #: What a base may be made of. Pickles (`.bin`, `.pt`) are not even fetched.
-WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors"]
+WANTED = [*TEXTS, "*.safetensors"]
 
 
-def base_directory(recipe: Recipe, recipe_path: Path) -> Path:
+def base_directory(recipe: Recipe, recipe_path: Path, *, weights: bool = True) -> Path:
     """Where the base lies on this machine; a hub id is fetched into the hub's own cache.
+
+    weights: whether they are fetched too.
 
     Raises:
         UserError: the hub id cannot be had; the message says how to go on without a network.
@@ -31,13 +35,17 @@ def base_directory(recipe: Recipe, recipe_path: Path) -> Path:
         )
     if not is_hub_id(model, recipe_path.parent):
         return resolve(model, recipe_path)
-    return fetched(model, revision, f"{recipe_path} base.model", "write `model: DIR`")
+    place = f"{recipe_path} base.model"
+    return fetched(model, revision, place, "write `model: DIR`", weights=weights)
 
 
-def fetched(model: str, revision: str | None, place: str, instead: str) -> Path:
+def fetched(
+    model: str, revision: str | None, place: str, instead: str, *, weights: bool = True
+) -> Path:
     """A base of the hub in its own cache.
 
     place, instead: for errors, where its id stands and what to write of a directory DIR.
+    weights: whether they are fetched too.
 
     Raises:
         UserError: it cannot be had; the message says how to go on without a network.
@@ -46,15 +54,20 @@ def fetched(model: str, revision: str | None, place: str, instead: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    cached = not reachable()
     try:
-        return Path(
+        directory = Path(
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=WANTED,
-                local_files_only=not reachable(),
+                allow_patterns=WANTED if weights else TEXTS,
+                local_files_only=cached,
             )
         )
+        if cached and weights and not any(directory.glob("*.safetensors")):
+            # A plan has fetched its texts, which the client takes for all of it.
+            raise LocalEntryNotFoundError(f"{directory} holds no weights")
+        return directory
     except LocalEntryNotFoundError as error:
         raise UserError.at(
             place,

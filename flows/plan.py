@@ -130,6 +130,11 @@ def planned(calls: Calls) -> tuple[list[Found], dict[str, str]]:
     if calls.recipe.finish.turbo or any(one.heads() for one in calls.recipe.candidates):
         after.insert(-3, "turbo")
     later = dict.fromkeys([name for name in after if name not in known], "after the selection")
+    if calls.unread is not None:
+        labels = [candidate.label for candidate in calls.recipe.candidates]
+        trained = [f"train {label}" for label in labels]
+        evaluated = [f"evaluate {label}" for label in ["base", *labels]]
+        return hands.steps, dict.fromkeys([*trained, *evaluated], calls.unread) | later
     return hands.steps, trials_left(calls, hands.steps) | later
 
 

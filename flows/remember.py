@@ -69,6 +69,10 @@ class FileHashes:
         """One hash of several files' names and contents. Where they lie does not count."""
         return sha256_json({path.name: self.of_file(path) for path in paths})
 
+    def unread(self, paths: list[Path]) -> int:
+        """Bytes that would have to be read to hash these files."""
+        return sum(path.stat().st_size for path in paths if self._remembered(path) is None)
+
     def of_named(self, names: list[str], root: Path) -> str:
         """One hash of files that are named relative to `root`, and of which are not there."""
         paths = {name: root / name for name in names}
@@ -82,15 +86,23 @@ class FileHashes:
         digests: list[str] = []
         fresh: dict[str, Any] = {}
         for path in paths:
-            stat = path.stat()
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            known = self._memory.get(str(path))
-            if known is not None and known[:3] == stamp:
-                digests.append(str(known[3]))
+            known = self._remembered(path)
+            if known is not None:
+                digests.append(known)
                 continue
+            stamp = self._stamp(path)
             digests.append(sha256_file(path))
-            if time.time() - stat.st_mtime > SETTLED_S:
+            if time.time() - path.stat().st_mtime > SETTLED_S:
                 fresh[str(path)] = [*stamp, digests[-1]]
         if fresh:
             self._memory.update(fresh)
         return digests
+
+    def _remembered(self, path: Path) -> str | None:
+        known = self._memory.get(str(path))
+        return str(known[3]) if known is not None and known[:3] == self._stamp(path) else None
+
+    @staticmethod
+    def _stamp(path: Path) -> list[int]:
+        stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]

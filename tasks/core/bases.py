@@ -26,10 +26,24 @@ def base_files(base: Path) -> list[Path]:
     )
 
 
+def weight_files(base: Path) -> list[Path]:
+    return sorted(base.glob("*.safetensors"))
+
+
 def require_safetensors(directory: Path) -> None:
     """Raise a UserError for a directory whose weights are pickles or missing."""
-    if any(directory.glob("*.safetensors")):
+    if weight_files(directory):
         return
+    refuse_pickles(directory)
+    raise UserError.at(
+        directory,
+        "holds no *.safetensors weights",
+        "give a transformers directory (config.json, tokenizer, *.safetensors) or a hub id",
+    )
+
+
+def refuse_pickles(directory: Path) -> None:
+    """Raise a UserError for a directory whose weights are pickles."""
     pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt"))
     if pickles:
         raise UserError.at(
@@ -37,8 +51,3 @@ def require_safetensors(directory: Path) -> None:
             "a pickled checkpoint, which runs code when it is loaded; refused",
             "convert it once with `save_pretrained(..., safe_serialization=True)`",
         )
-    raise UserError.at(
-        directory,
-        "holds no *.safetensors weights",
-        "give a transformers directory (config.json, tokenizer, *.safetensors) or a hub id",
-    )

@@ -51,6 +51,39 @@ def test_a_directory_that_is_no_base_is_refused_before_torch(
         opened(place)
 
 
+def test_a_plan_needs_no_weights_and_hashes_no_large_ones(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(place).home.open()
+    recipe, home = place / "recipe.yaml", Home(place / "home")
+
+    def plan() -> tuple[list[str], dict[str, str]]:
+        steps, later = planned(Calls(load_recipe(recipe), recipe, home, planning=True))
+        return [found.step.title for found in steps], later
+
+    told, later = plan()
+    assert "evaluate base" in told
+    assert "evaluate base" not in later
+    # The same weights, too many to be read by a plan that has not seen them.
+    monkeypatch.setattr("flows.calls.PLANNED_BYTES", 0)
+    (home.cache / "hashes.json").unlink(missing_ok=True)
+    told, later = plan()
+    assert told == ["inspect", "prepare", "cost", "cost base x 10"]
+    assert later["evaluate base"].startswith("when a run has read the base's ")
+    assert later["register"] == "after the selection"
+
+    for weights in (place / "base").glob("*.safetensors"):
+        weights.unlink()
+    told, later = plan()
+    assert told == ["inspect", "prepare", "cost", "cost base x 10"]
+    assert later["train full"] == "when the base's weights are here"
+    with pytest.raises(UserError, match=r"no \*\.safetensors weights"):
+        Calls(load_recipe(recipe), recipe, home)
+    (place / "base" / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="runs code when it is loaded"):
+        plan()
+
+
 def test_hub_rows_without_a_commit_are_refused(place: Path) -> None:
     with pytest.raises(UserError, match="no `revision`"):
         opened(place, data={"train": {"path": "hub:org/rows"}, "test": {"holdout": 0.2}})

@@ -150,6 +150,29 @@ def test_a_base_and_rows_come_from_the_hub_at_their_commits(
     assert "model.safetensors" not in hub.fetched
 
 
+def test_a_plan_fetches_no_weights_and_a_run_is_not_deceived_by_that(
+    hub: Hub, tmp_path: Path, tree: Any, peftflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"model": "org/base", "revision": MODEL_COMMIT, "dtype": "float32"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**tree, "base": base}))
+    ended = peftflow("plan", recipe, "--home", tmp_path / "home")
+    assert ended.code == 0, ended.err
+    assert "config.json" in hub.fetched
+    assert "model.safetensors" not in hub.fetched
+    # What ships, from shapes alone; what reads weights is said to wait for them.
+    assert "Expected" in ended.out
+    assert "when the base's weights are here" in ended.out
+
+    # Out of reach now, with a cache that holds the texts.
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    offline = peftflow("check", recipe, "--home", tmp_path / "home", "--json")
+    assert offline.code == 2
+    [error] = offline.record["errors"]
+    assert "not in the local cache" in error["found"]
+    assert "hf download" in error["fix"]
+
+
 def test_a_commit_that_the_hub_has_not_is_the_users_to_correct(
     hub: Hub, tmp_path: Path, tree: Any, peftflow: Any
 ) -> None:
