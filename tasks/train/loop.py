@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -162,25 +162,28 @@ def make_optimizer(
     train: Train,
     times: Callable[[str], float] = lambda name: 1.0,
     decays: Callable[[str], bool] = lambda name: True,
-) -> torch.optim.AdamW:
+    paged: bool = False,
+) -> torch.optim.Optimizer:
     """AdamW with its moments in float32; biases and norms do not decay.
 
     times: what the schedule's rate is multiplied with for a weight of that name.
     decays: whether a matrix of that name does.
+    paged: moments in memory that a GPU shares with the host (`tasks/train/paged.py`).
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, weight in weights.items():
         kept = weight.ndim < 2 or not decays(name)
         groups.setdefault((kept, times(name)), []).append(weight)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": groups[kept, factor],
-                "weight_decay": 0.0 if kept else train.weight_decay,
-                "times": factor,
-            }
-            for kept, factor in sorted(groups)
-        ],
-        lr=train.learning_rate,
-        fused=True,
-    )
+    described: list[dict[str, Any]] = [
+        {
+            "params": groups[kept, factor],
+            "weight_decay": 0.0 if kept else train.weight_decay,
+            "times": factor,
+        }
+        for kept, factor in sorted(groups)
+    ]
+    if paged:
+        from tasks.train.paged import PagedAdamW  # bitsandbytes takes its time
+
+        return PagedAdamW(described, lr=train.learning_rate)
+    return torch.optim.AdamW(described, lr=train.learning_rate, fused=True)

@@ -83,7 +83,11 @@ def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any
 
     job = prepare_job(spec, rows, labels, model, pad_id)
     optimizer = make_optimizer(
-        weights, spec.train, partial(method.rate_of, spec.candidate), method.decays
+        weights,
+        spec.train,
+        partial(method.rate_of, spec.candidate),
+        method.decays,
+        paged=runtime.device().type == "cuda" and method.quantises(spec.candidate) is not None,
     )
     course = method.course(model, spec.candidate, job.steps)
     before = digests(weights)
