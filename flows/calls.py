@@ -325,6 +325,7 @@ class Calls:
             failed=failed,
             searched=searched,
             goal=select.maximize or select.minimize or "",
+            merges=self.recipe.finish.merge,
         )
         return self._step(spec, "page", inputs)
 

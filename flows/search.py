@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from flows.calls import Calls, Made, Step, figures_of
-from schemas.errors import DivergedError, StageError
+from schemas.errors import DivergedError, StageError, UserError
 from schemas.recipe import RateRange, Search
 from schemas.report import Trial
 from schemas.together import Candidate
@@ -73,6 +73,17 @@ class Searched:
         return len(set(rates)) > 1 and self.best.learning_rate in (min(rates), max(rates))
 
 
+def require_metric(metric: str, figures: dict[str, float], rows: str) -> None:
+    """Raise a UserError where rows cannot be measured by that metric."""
+    if metric not in figures:
+        why = ": no expected answer that is generated is a JSON object" * (metric == "field_f1")
+        raise UserError.at(
+            "recipe select",
+            f"{metric} is not measured on {rows}{why}",
+            "choose another metric of the task, e.g. loss",
+        )
+
+
 class Making(Protocol):
     def make(self, step: Step) -> Made: ...
 
@@ -104,12 +115,18 @@ def search_rate(calls: Calls, hands: Making, candidate: Candidate, rows: Made) -
 
 
 def try_rate(calls: Calls, hands: Making, step: Step, rows: Made) -> float | None:
-    """The metric that a trial comes to, or None: it diverged."""
+    """The metric that a trial comes to, or None: it diverged, or what it learned is no number.
+
+    Raises:
+        UserError: the rows that are held out have no such metric.
+    """
     try:
         trained = hands.make(step)
+        found = figures_of(hands.make(calls.score(step, rows, trained)))
     except DivergedError:
         return None
-    return figures_of(hands.make(calls.score(step, rows, trained)))[calls.metric]
+    require_metric(calls.metric, found, "the train rows held out for the search")
+    return found[calls.metric]
 
 
 def study_of(search: Search, more: bool) -> tuple[optuna.Study, int]:

@@ -7,6 +7,7 @@ differ in the hands that they lend it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from flows.calls import Calls, Made, NotYetError, Step
-from flows.search import Searched, search_rate, wants_search
+from flows.calls import Calls, Made, NotYetError, Step, figures_of
+from flows.search import Searched, require_metric, search_rate, wants_search
 from flows.select import Choice, choose
 from schemas.errors import StageError, UserError
 from schemas.report import Comparison, CriteriaReport, GateVerdict, Registration
@@ -90,6 +91,10 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     hands.make(calls.inspect())
     rows = hands.make(calls.prepare())
     told = expected(calls, hands, rows)
+    # Before anything is trained: the rows may not have what the recipe chooses by.
+    base = hands.make(calls.evaluate("base", rows, None))
+    with suppress(NotYetError):
+        require_metric(calls.metric, figures_of(base), "the test rows")
 
     candidates, searched = with_rates(calls, hands)
     tuned = tune(calls, hands, candidates, rows)
@@ -97,7 +102,6 @@ def story(calls: Calls, hands: Hands) -> Outcome:
     first = recipe.all_seeds[0]
     trained = {label: entries.trained[first] for label, entries in tuned.items()}
 
-    base = hands.make(calls.evaluate("base", rows, None))
     measures = {
         label: partial(lambda label: hands.make(calls.evaluate(label, rows, trained[label])), label)
         for label in candidates

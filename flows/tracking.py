@@ -107,8 +107,11 @@ class Tracker:
         """A run for each candidate, and where there are several seeds for each of them."""
         if step.label in ("base", "finished") or len(self._recipe.all_seeds) == 1:
             return step.label
-        seed = self._recipe.all_seeds[0] if step.seed is None else step.seed
-        return f"{step.label} seed {seed}"
+        return self._of_seed(step.label, step.seed)
+
+    def _of_seed(self, label: str, seed: int | None) -> str:
+        """seed: None for the first, with which a candidate is measured."""
+        return f"{label} seed {self._recipe.all_seeds[0] if seed is None else seed}"
 
     def _trained(self, step: Step, entry: Entry) -> None:
         run_id = self._child(self._name(step))
@@ -141,6 +144,10 @@ class Tracker:
             self._metrics(self._parent, rows)
 
     def _failed(self, name: str, why: str) -> None:
+        # A candidate's search and measuring, which bear its name alone, are of its first seed.
+        labels = {candidate.label for candidate in self._recipe.candidates}
+        if name in labels and len(self._recipe.all_seeds) > 1:
+            name = self._of_seed(name, None)
         run_id = self._child(name)
         self._client.set_tag(run_id, "peftflow.failed", why[:TAG_LIMIT])
         self._broken.add(run_id)

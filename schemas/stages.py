@@ -195,7 +195,7 @@ class PageSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
 
     recipe_name: str
     recipe_yaml: str
@@ -209,6 +209,7 @@ class PageSpec(Spec):
         default_factory=dict, description="Label: the learning rates that its search tried."
     )
     goal: str = Field(description="The figure that was maximised or minimised.")
+    merges: bool = Field(description="Whether what is selected is folded into its base if it can.")
 
 
 class Call(BaseModel):

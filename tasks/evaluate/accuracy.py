@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from schemas.errors import StageError
+from schemas.errors import DivergedError, StageError
 from schemas.recipe import Evaluate
 from schemas.report import Accuracy, Example, Interval
 from schemas.tasks import TASKS
@@ -301,10 +301,10 @@ def examples(predictions: list[dict[str, Any]], prepared: Path) -> list[Example]
 
 
 def require_finite(loss_N: NDArray[np.float64], texts: list[dict[str, Any]]) -> None:
-    """Raise a StageError that names the first row whose loss is no number."""
+    """Raise a DivergedError that names the first row whose loss is no number."""
     broken = np.flatnonzero(~np.isfinite(loss_N))
     if len(broken):
-        raise StageError(
+        raise DivergedError(
             f"the loss of {len(broken)} of {len(loss_N)} test rows is not finite, first of test "
             f"row {texts[broken[0]]['row']}: the model's weights or activations overflow; "
             "train with a lower learning rate, or with base.dtype float32"

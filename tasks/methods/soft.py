@@ -27,7 +27,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from schemas.candidates import SoftPrompt
-from schemas.errors import StageError, UserError
+from schemas.errors import DivergedError, UserError
 from schemas.tasks import is_labelled
 from tasks.methods import soft_pairs
 from tasks.methods.course import Course
@@ -217,10 +217,13 @@ class SoftCourse(Course):
     """Proves in the end that the base attends to its virtual tokens."""
 
     def finish(self) -> dict[str, Any]:
-        """Raises a StageError where rows come out the same whatever the virtual tokens are."""
+        """Raises a DivergedError where rows come out the same whatever the virtual tokens are."""
         moved = moved_logits(self.model)
         if moved == 0:
-            raise StageError("no row attends to the virtual tokens: its logits do not go by them")
+            raise DivergedError(
+                "no row attends to the virtual tokens: its logits do not go by them; "
+                "lower train.learning_rate"
+            )
         return {"virtual_tokens_move_logits": moved}
 
 

@@ -9,6 +9,7 @@ from schemas.stages import PageSpec
 from tasks.core.apart import SIGNIFICANCE, best_of, told_apart
 from tasks.report.figures import Scale, figure, in_words, scale
 from tasks.report.inputs import Inputs
+from tasks.report.overhead import as_served
 
 #: From such a ratio of latencies on a candidate is called slower.
 NOTICED = 1.05
@@ -109,7 +110,8 @@ def recommendation(spec: PageSpec, inputs: Inputs) -> list[str]:
     own, most = bytes_of[chosen], bytes_of[largest]
     if own and most / own >= 2:
         said.append(f"It ships 1/{most / own:,.0f} of what {largest} does.")
-    said += _slower(chosen, {label: report.intervals() for label, report in reports.items()})
+    intervals = {label: report.intervals() for label, report in reports.items()}
+    said += _slower(chosen, intervals, spec.merges)
     tests = told_apart(comparison, best, [label for label in values if label != best])
     equal = [test.label for test in tests if not test.apart]
     if equal:
@@ -117,30 +119,24 @@ def recommendation(spec: PageSpec, inputs: Inputs) -> list[str]:
     return said
 
 
-def _slower(chosen: str, intervals: dict[str, dict[str, Interval]]) -> list[str]:
-    """Those that answer more slowly than the selected one as it is served: the intervals of their
-    ratios to the base do not meet, and they differ by as much as anyone would notice."""
-
-    def overhead(label: str) -> Interval | None:
-        names = (
-            f"{kind}_ratio_b1{how}" for kind in ("token", "prefill") for how in ("_merged", "")
-        )
-        return next((intervals[label][name] for name in names if name in intervals[label]), None)
-
-    own = overhead(chosen)
-    if own is None:
-        return []
-    slower = {
-        label: ratio.value / own.value - 1
-        for label in intervals
-        if (ratio := overhead(label)) is not None
-        and ratio.low > own.high
-        and ratio.value >= NOTICED * own.value
-    }
+def _slower(chosen: str, intervals: dict[str, dict[str, Interval]], merges: bool) -> list[str]:
+    """Those that are slower than the selected one, each as it is served, at reading a prompt or at
+    writing a token: the intervals of their ratios to the base do not meet, and they differ by as
+    much as anyone would notice. Of one that is slower at both the larger share is told."""
+    slower: dict[str, tuple[float, str]] = {}
+    for name, words in (("prefill_ratio_b1", "prefill"), ("token_ratio_b1", "per token")):
+        own = as_served(intervals[chosen], name, merges)
+        for label, found in intervals.items():
+            ratio = as_served(found, name, merges)
+            if own is None or ratio is None or ratio.low <= own.high:
+                continue
+            share = ratio.value / own.value - 1
+            if ratio.value >= NOTICED * own.value and share > slower.get(label, (0.0, ""))[0]:
+                slower[label] = share, words
     if not slower:
         return []
-    words = ", ".join(f"{label} {share:.0%}" for label, share in slower.items())
-    return [f"Slower at batch 1 than {chosen}: {words}."]
+    told = ", ".join(f"{label} {share:.0%} ({words})" for label, (share, words) in slower.items())
+    return [f"Slower at batch 1 than {chosen}: {told}."]
 
 
 @dataclass(frozen=True)

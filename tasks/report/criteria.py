@@ -119,7 +119,9 @@ def overview(spec: PageSpec, inputs: Inputs, groups: list[Group]) -> list[Row]:
     if not numbers(spec):
         return []
     rows = {row.names.split()[0]: row for group in groups for row in group.rows}
-    wanted = (quality_figure(spec, inputs), *AT_A_GLANCE, overhead_figure(inputs))
+    overhead = overhead_figure(inputs)
+    forms = [overhead, f"{overhead}_merged"] if spec.merges else [overhead]
+    wanted = (quality_figure(spec, inputs), *AT_A_GLANCE, *forms)
     return [rows[name] for name in wanted if name in rows]
 
 

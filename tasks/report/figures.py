@@ -58,6 +58,7 @@ _KNOWN = [
     Figure("token_accuracy", "accuracy", "Token accuracy", PERCENT, "higher", 1),
     Figure("exact_match", "accuracy", "Exact match", PERCENT, "higher", 1),
     Figure("field_f1", "accuracy", "JSON field F1", PERCENT, "higher", 1),
+    Figure("rouge_l", "accuracy", "ROUGE-L", PERCENT, "higher", 1),
     Figure("perplexity", "accuracy", "Perplexity", PLAIN, "lower", 2),
     Figure("loss", "accuracy", "Held-out loss", NATS, "lower", 3),
     Figure("retention_loss", "accuracy", "Loss on general text", NATS, "lower", 3),

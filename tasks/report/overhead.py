@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from schemas.report import CriteriaReport, Interval, Latency
 from tasks.report.figures import LATENCY, MS, OF_BASE, Figure, Scale, page_order, scale
 from tasks.report.inputs import TITLES, Inputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def overhead_figure(inputs: Inputs) -> str:
     """The ratio that stands for inference overhead: smallest batch, decoding where there is any.
 
     Prefill where a candidate has examples in front of its prompts: that is what they cost.
-    Unmerged before merged; "" where no latency was measured.
+    By its unmerged name, for which `as_served` finds each subject's; "" where no latency was
+    measured.
     """
     shown = any(report.method == "few_shot" for report in inputs.reports.values())
     first = "prefill" if shown else "token"
@@ -96,6 +101,9 @@ def overhead_figure(inputs: Inputs) -> str:
     return matches[0][0] if matches else ""
 
 
-def figure_or_merged(figures: dict[str, float], name: str) -> float | None:
-    """A figure of a subject; where it was measured merged only (the finished model), that one."""
-    return figures.get(name, figures.get(f"{name}_merged"))
+def as_served(figures: Mapping[str, T], name: str, merges: bool) -> T | None:
+    """A figure of a subject in the form that it would be served in: merged where the recipe merges
+    and it was measured so. What was measured in one form alone (the finished model) has that one.
+    """
+    forms = (f"{name}_merged", name) if merges else (name, f"{name}_merged")
+    return next((figures[form] for form in forms if form in figures), None)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from schemas.stages import PageSpec
 from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import BASE, Inputs
-from tasks.report.overhead import overhead_figure
+from tasks.report.overhead import as_served, overhead_figure
 
 #: Which of the metrics stands for accuracy when the goal is none of them.
 PRIMARY = ("accuracy", "entity_f1", "exact_match", "field_f1", "macro_f1", "perplexity", "loss")
 
 
 #: Metrics of answers that were generated, as opposed to losses of those that were expected.
-GENERATED = ("exact_match", "field_f1")
+GENERATED = ("exact_match", "field_f1", "rouge_l")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def tiles(spec: PageSpec, inputs: Inputs) -> list[Tile]:
     ]
     made = []
     for title, name, note in wanted:
-        if name in figures:
-            written = scale(figure(name), [figures[name]])
-            made.append(Tile(title, written.text(figures[name]), written.unit, note))
+        if (value := as_served(figures, name, spec.merges)) is not None:
+            written = scale(figure(name), [value])
+            made.append(Tile(title, written.text(value), written.unit, note))
     return made

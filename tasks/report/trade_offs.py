@@ -12,7 +12,7 @@ from schemas.report import Interval
 from schemas.stages import PageSpec
 from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import BASE, TITLES, Inputs
-from tasks.report.overhead import figure_or_merged, overhead_figure
+from tasks.report.overhead import as_served, overhead_figure
 from tasks.report.pareto import joined_labels, label_positions, pareto_front
 from tasks.report.plots import GREY, Plot, Style, layout, numbers, short, styles
 from tasks.report.summary import quality_figure
@@ -83,12 +83,12 @@ def compared(spec: PageSpec, inputs: Inputs) -> dict[str, str]:
     return {criterion: name for criterion, name in wanted.items() if name in having}
 
 
-def _subjects(x_name: str, y_name: str, inputs: Inputs) -> list[Subject]:
+def _subjects(x_name: str, y_name: str, inputs: Inputs, merges: bool) -> list[Subject]:
     points = []
     for name, report in inputs.reports.items():
         flat = report.figures()
-        x, y = figure_or_merged(flat, x_name), report.accuracy.metrics.get(y_name)
-        if y is None and (value := figure_or_merged(flat, y_name)) is not None:
+        x, y = as_served(flat, x_name, merges), report.accuracy.metrics.get(y_name)
+        if y is None and (value := as_served(flat, y_name, merges)) is not None:
             y = Interval(value=value, low=value, high=value)
         if x is not None and y is not None and math.isfinite(x) and math.isfinite(y.value):
             points.append(Subject(name, x, y))
@@ -97,7 +97,7 @@ def _subjects(x_name: str, y_name: str, inputs: Inputs) -> list[Subject]:
 
 def _plot(key: str, title: str, names: tuple[str, str], spec: PageSpec, inputs: Inputs) -> Plot:
     x_name, y_name = names
-    points, looks = _subjects(x_name, y_name, inputs), styles(spec)
+    points, looks = _subjects(x_name, y_name, inputs, spec.merges), styles(spec)
     shown = numbers(spec)
     x_kind, y_kind = figure(x_name), figure(y_name)
     x_scale = scale(x_kind, [point.x for point in points])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from schemas.errors import StageError, UserError
+from schemas.errors import DivergedError, StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec, keyed
 from schemas.tasks import is_encoder_decoder, is_labelled, is_packable, reads_images
@@ -41,6 +41,8 @@ from tasks.train.unpad import unpad
 from tasks.train.watch import WINDOW, digests, mean_loss, unmoved
 
 TOKENS = "tokens/train.safetensors"
+#: In the names of weights that PEFT trains whole beside an adapter: heads.
+SAVED = ".modules_to_save."
 
 
 def run(spec: TrainSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
@@ -225,10 +227,17 @@ def prepare_job(
 def check_learned(
     before: dict[str, bytes], weights: dict[str, torch.nn.Parameter], curve: list[CurvePoint]
 ) -> None:
-    """Raise for a method that changed nothing; say aloud what did not move or fall."""
+    """Raise for a method that changed nothing; say aloud what did not move or fall.
+
+    A head that is trained beside an adapter moves whatever becomes of the adapter.
+
+    Raises:
+        DivergedError: nothing of the method's own moved.
+    """
     still = unmoved(before, weights)
-    if len(still) == len(weights):
-        raise StageError(
+    own = [name for name in weights if SAVED not in name] or list(weights)
+    if set(own) <= set(still):
+        raise DivergedError(
             "no trained weight moved: the method is not applied to what the loss depends on; "
             "check target_modules, and that train.learning_rate is not too small"
         )

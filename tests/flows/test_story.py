@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flows.calls import Made, Step
 from flows.home import Home
 from flows.plan import Listing, Pending, already_done, planned
 from flows.story import story
-from schemas.errors import StageError
+from schemas.errors import DivergedError, StageError, UserError
 from tasks.core.store import Store, key_of
 from tests.flows.hands import RECIPE, Making, calls, changed, keys, told
 
@@ -23,9 +24,9 @@ def test_the_order_and_what_each_step_reads(place: Path) -> None:
         "prepare",
         "cost",
         "cost base x 10",
+        "evaluate base",
         "train full",
         "train lora-r2",
-        "evaluate base",
         "evaluate full",
         "evaluate lora-r2",
         "compare",
@@ -42,6 +43,15 @@ def test_the_order_and_what_each_step_reads(place: Path) -> None:
     assert "subject" not in by_title["evaluate base"].inputs
     assert outcome.choice.label == "lora-r2"  # the better one is too large
     assert outcome.promoted
+
+
+def test_rows_without_the_metric_are_told_before_anything_is_trained(place: Path) -> None:
+    """No expected answer of the tiny rows is a JSON object, which field_f1 reads."""
+    each = calls(place, select={"maximize": "field_f1"})
+    hands = Making(each.home)
+    with pytest.raises(UserError, match=r"field_f1 is not measured on the test rows.*JSON"):
+        story(each, hands)
+    assert not [step for step in hands.made if step.call.stage == "train"]
 
 
 def test_the_gate_reads_the_finished_model_and_not_the_candidate(place: Path) -> None:
@@ -235,6 +245,23 @@ def test_a_search_gives_each_candidate_as_many_trials_and_takes_the_best_rate(pl
     assert [trial.learning_rate for trial in outcome.searched["full"].trials] == rates
     assert outcome.searched["full"].trials[-1].value is None
     assert hands.failed == {}
+
+
+def test_a_trial_whose_losses_are_no_numbers_counts_as_diverged(place: Path) -> None:
+    """Its training came to an end, and its measuring met what it had made."""
+
+    class Overflowing(Making):
+        def make(self, step: Step) -> Made:
+            if step.call.stage == "evaluate" and (step.trial or 0) > 0.05:
+                raise DivergedError("the loss of 3 of 9 test rows is not finite")
+            return super().make(step)
+
+    search = {"learning_rate": [0.001, 0.02, 0.1], "trials": 3}
+    each = calls(place, search=search)
+    outcome = story(each, Overflowing(each.home))
+    for found in outcome.searched.values():
+        assert [trial.value is None for trial in found.trials] == [False, False, True]
+        assert found.best.learning_rate == 0.001  # 0.009 from 0.01, and the other one 0.01
 
 
 def test_a_search_looks_at_no_test_row(place: Path) -> None:

@@ -79,6 +79,7 @@ SPEC = PageSpec(
     failed={"ia3": f"out of luck {HOSTILE}"},
     why="The highest exact_match of the candidates that keep adapter_mib <= 10.",
     goal="exact_match",
+    merges=True,
 )
 
 

@@ -12,19 +12,20 @@ from hypothesis import strategies as st
 
 from schemas.report import Interval
 from schemas.stages import PageSpec
+from schemas.tasks import TASKS
 from tasks.report.apart import apart, rates, recommendation
 from tasks.report.criteria import criteria_table, marked
 from tasks.report.curves import CURVE_POINTS, loss_plot, running_mean, thinned
 from tasks.report.data_view import refused_rows
 from tasks.report.examples import LONGEST, clipped, differences
-from tasks.report.figures import figure, in_words, scale
+from tasks.report.figures import KNOWN, figure, in_words, scale
 from tasks.report.inputs import Inputs
-from tasks.report.overhead import overhead_figure
+from tasks.report.overhead import as_served, overhead_figure
 from tasks.report.pareto import joined_labels, label_positions, pareto_front
 from tasks.report.predicted import SIZES, on_larger, predicted
 from tasks.report.provenance import without_directories
 from tasks.report.run import render
-from tasks.report.summary import quality_figure, verdict
+from tasks.report.summary import quality_figure, tiles, verdict
 
 # Few distinct values, so that ties in one figure and in both are common.
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
@@ -215,12 +216,61 @@ def test_slower_is_who_is_told_apart_and_noticed(spec: PageSpec, inputs: Inputs)
         slower = report.model_copy(update={"inference_overhead": rows})
         words = recommendation(spec, replace(inputs, reports=inputs.reports | {"full": slower}))
         found = any("Slower at batch 1 than lora-r16: full" in sentence for sentence in words)
-        assert not found or f"full {value / 0.99 - 1:.0%}" in " ".join(words)
+        assert not found or f"full {value / 0.99 - 1:.0%} (per token)" in " ".join(words)
         return found
 
     assert said(1.2, 1.3, 1.4)
     assert not said(1.0, 1.3, 1.6), "the intervals meet"
     assert not said(1.025, 1.03, 1.035), "nobody would notice"
+
+
+def test_slower_goes_by_the_form_that_is_served_and_by_the_worse_phase(
+    spec: PageSpec, inputs: Inputs
+) -> None:
+    """lora-r16 was measured in both forms, full as it is."""
+    slow = Interval(value=1.6, low=1.5, high=1.7)
+
+    def said(merges: bool, **changed: Interval) -> str:
+        report = inputs.reports["full"]
+        rows = [row.model_copy(update=changed) for row in report.inference_overhead]
+        slower = report.model_copy(update={"inference_overhead": rows})
+        reports = inputs.reports | {"full": slower}
+        served = spec.model_copy(update={"merges": merges})
+        return " ".join(recommendation(served, replace(inputs, reports=reports)))
+
+    own = inputs.reports["lora-r16"].intervals()
+    unmerged, merged = own["token_ratio_b1"], own["token_ratio_b1_merged"]
+    assert unmerged.low > merged.high, "the two forms differ, or nothing is shown"
+    assert f"full {1.6 / merged.value - 1:.0%} (per token)" in said(True, token_ratio=slow)
+    assert f"full {1.6 / unmerged.value - 1:.0%}" in said(False, token_ratio=slow)
+    prefill = own["prefill_ratio_b1_merged"].value
+    twice = Interval(value=2 * prefill, low=1.9 * prefill, high=2.1 * prefill)
+    assert "full 100% (prefill)" in said(True, prefill_ratio=twice)
+
+
+def test_trade_offs_and_tile_show_what_is_served(spec: PageSpec, inputs: Inputs) -> None:
+    figures = inputs.reports["lora-r16"].figures()
+    name = overhead_figure(inputs)
+    assert figures[name] != figures[f"{name}_merged"]
+    assert as_served(figures, name, merges=True) == figures[f"{name}_merged"]
+    assert as_served(figures, name, merges=False) == figures[name]
+    base = inputs.reports["base"].figures()
+    assert as_served(base, name, merges=True) == base[name]
+    shown = {
+        merges: next(
+            tile.value
+            for tile in tiles(spec.model_copy(update={"merges": merges}), inputs)
+            if tile.title == "Inference overhead"
+        )
+        for merges in (True, False)
+    }
+    assert shown[True] != shown[False]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_metric_has_a_title_and_a_direction(task: str) -> None:
+    for metric, more_is_better in TASKS[task].metrics.items():
+        assert KNOWN[metric].better == ("higher" if more_is_better else "lower"), metric
 
 
 def test_rates_that_were_tried_are_shown_in_their_order(spec: PageSpec) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from schemas.errors import StageError, UserError
+from schemas.errors import DivergedError, StageError, UserError
 from schemas.report import CurvePoint
 from schemas.stages import TrainSpec
 from schemas.tasks import TASKS, is_encoder_decoder, is_labelled, reads_images
@@ -376,6 +378,23 @@ def test_a_method_that_changes_nothing_is_an_error(tmp_path, places, monkeypatch
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     with pytest.raises(StageError, match="no trained weight moved"):
         run(make_spec("causal-lm", LORA, max_steps=3), places["causal-lm"], tmp_path)
+
+
+def test_an_adapter_that_does_not_act_is_an_error_though_its_head_learns(tmp_path, places):
+    """A rate of 0 for what is no head: the head alone moves."""
+    method = dataclasses.replace(
+        stage.method_for("lora", "sequence-classification"),
+        rate_of=lambda candidate, name: float(stage.SAVED in name),
+    )
+    with (
+        patch.object(stage, "method_for", lambda *_: method),
+        pytest.raises(DivergedError, match="no trained weight"),
+    ):
+        run(
+            make_spec("sequence-classification", LORA, max_steps=3),
+            places["sequence-classification"],
+            tmp_path,
+        )
 
 
 @pytest.mark.parametrize("steps", [6, 15])
