@@ -1,4 +1,5 @@
-"""Every method by name. A new one is one file here with a `METHOD`, and one test."""
+"""Every method by name. A new one is one file here with a `METHOD`, its fields in
+`schemas/candidates.py`, and an entry of the tests (docs/methods.md)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schemas.report import Interval, Trial
+from schemas.report import CurvePoint, Interval, Trial
 from schemas.stages import PageSpec
 from tasks.core.apart import SIGNIFICANCE, best_of, told_apart
 from tasks.report.figures import Scale, figure, in_words, scale
@@ -92,8 +92,8 @@ def points(name: str, value: float) -> str:
 def recommendation(spec: PageSpec, inputs: Inputs) -> list[str]:
     """What the choice means beside the others, one sentence each.
 
-    How far the selected one is from the best and at what share of its storage, and what the
-    others cost at inference.
+    How far the selected one is from the best and at what share of its storage, what the others
+    cost at inference, and what each was trained for.
     """
     comparison, chosen = inputs.comparison, spec.selected
     if len(comparison.candidates) < 2:
@@ -116,7 +116,22 @@ def recommendation(spec: PageSpec, inputs: Inputs) -> list[str]:
     equal = [test.label for test in tests if not test.apart]
     if equal:
         said.append(f"Not distinguishable from {best} (p ≥ {SIGNIFICANCE}): {', '.join(equal)}.")
-    return said
+    return said + _budget({label: inputs.curves[label] for label in spec.labels})
+
+
+def _budget(curves: dict[str, list[CurvePoint]]) -> list[str]:
+    """What each was trained for with its first seed: the same for all, or whose is another."""
+    spent: dict[tuple[int, int], list[str]] = {}
+    for label, curve in curves.items():
+        if curve:
+            spent.setdefault((curve[-1].step, curve[-1].tokens), []).append(label)
+    told = {
+        f"{steps:,} steps, {tokens:,} tokens": labels for (steps, tokens), labels in spent.items()
+    }
+    if len(told) > 1:
+        each = "; ".join(f"{', '.join(labels)} {budget}" for budget, labels in told.items())
+        return [f"Their budgets differ, which the comparison does not make up for: {each}."]
+    return [f"What is trained was trained for {budget} each." for budget in told]
 
 
 def _slower(chosen: str, intervals: dict[str, dict[str, Interval]], merges: bool) -> list[str]:

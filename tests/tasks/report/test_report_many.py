@@ -50,6 +50,7 @@ def test_the_overview_holds_the_figures_of_the_table(many: Many) -> None:
         "flops_ratio_to_full",
         "step_time_s",
         "token_ratio_b1",
+        "token_ratio_b1_merged",
     ]
     assert all(any(row in group.rows for group in groups) for row in rows)
     few = spec.model_copy(update={"labels": spec.labels[:FEW]})

@@ -248,6 +248,23 @@ def test_slower_goes_by_the_form_that_is_served_and_by_the_worse_phase(
     assert "full 100% (prefill)" in said(True, prefill_ratio=twice)
 
 
+def test_the_budget_of_each_is_told_and_that_they_differ(spec: PageSpec, inputs: Inputs) -> None:
+    def said(**lengths: int) -> str:
+        curves = {label: inputs.curves[label][:length] for label, length in lengths.items()}
+        return recommendation(spec, replace(inputs, curves=inputs.curves | curves))[-1]
+
+    point = inputs.curves["full"][9]
+    alike = dict.fromkeys(spec.labels, inputs.curves["full"])
+    words = recommendation(spec, replace(inputs, curves=inputs.curves | alike))[-1]
+    last = inputs.curves["full"][-1]
+    assert (
+        words == f"What is trained was trained for {last.step} steps, {last.tokens:,} tokens each."
+    )
+    shorter = said(full=10)
+    assert shorter.startswith("Their budgets differ")
+    assert f"full {point.step} steps, {point.tokens:,} tokens" in shorter
+
+
 def test_trade_offs_and_tile_show_what_is_served(spec: PageSpec, inputs: Inputs) -> None:
     figures = inputs.reports["lora-r16"].figures()
     name = overhead_figure(inputs)
