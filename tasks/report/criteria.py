@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from schemas.report import CriteriaReport
+from schemas.report import Interval
 from schemas.stages import PageSpec
 from tasks.report.figures import CRITERIA, LATENCY, Figure, figure, page_order, scale
 from tasks.report.inputs import TITLES, Inputs
-from tasks.report.overhead import overhead_figure
+from tasks.report.overhead import as_served, overhead_figure
 from tasks.report.plots import numbers
 from tasks.report.summary import quality_figure
 
@@ -65,33 +65,37 @@ class How:
 def criteria_table(inputs: Inputs, labels: list[str]) -> list[Group]:
     """Every figure by criterion, but for milliseconds: those are in the table of latencies."""
     flat = {name: report.figures() for name, report in inputs.reports.items()}
+    between = {name: report.intervals() for name, report in inputs.reports.items()}
     names = {name for figures in flat.values() for name in figures} - SAME.keys()
     groups: dict[str, list[Row]] = {criterion: [] for criterion in CRITERIA}
     for name in sorted(names, key=page_order):
         if not (LATENCY.fullmatch(name) and "_ms_" in name):
-            groups[figure(name).criterion].append(_row(name, flat, inputs.reports, labels))
+            values = {subject: figures.get(name) for subject, figures in flat.items()}
+            intervals = {subject: found.get(name) for subject, found in between.items()}
+            groups[figure(name).criterion].append(_row(name, values, intervals, labels))
     return [Group(key, CRITERIA[key], rows) for key, rows in groups.items() if rows]
 
 
 def _row(
     name: str,
-    flat: dict[str, dict[str, float]],
-    reports: dict[str, CriteriaReport],
+    values: dict[str, float | None],
+    intervals: dict[str, Interval | None],
     labels: list[str],
 ) -> Row:
+    """values, intervals: of all subjects, in the order of the page; None where it has none."""
     kind = figure(name)
-    values = {subject: figures[name] for subject, figures in flat.items() if name in figures}
-    written = scale(kind, list(values.values()))
-    texts = {subject: written.text(value) for subject, value in values.items()}
-    marks = marked(kind, {label: values[label] for label in labels if label in values}, texts)
+    known = {subject: value for subject, value in values.items() if value is not None}
+    written = scale(kind, list(known.values()))
+    texts = {subject: written.text(value) for subject, value in known.items()}
+    marks = marked(kind, {label: known[label] for label in labels if label in known}, texts)
     cells: list[Cell | None] = []
-    for subject, report in reports.items():
-        if subject not in values:
+    for subject in values:
+        if subject not in known:
             cells.append(None)
             continue
-        within = report.intervals().get(name)
+        within = intervals[subject]
         interval = f"{written.text(within.low)} – {written.text(within.high)}" if within else None
-        cells.append(Cell(values[subject], texts[subject], interval, marks.get(subject)))
+        cells.append(Cell(known[subject], texts[subject], interval, marks.get(subject)))
     names = " ".join([name, *(other for other, same in SAME.items() if same == name)])
     return Row(names, kind.title, written.unit, kind.better, cells)
 
@@ -119,10 +123,15 @@ def overview(spec: PageSpec, inputs: Inputs, groups: list[Group]) -> list[Row]:
     if not numbers(spec):
         return []
     rows = {row.names.split()[0]: row for group in groups for row in group.rows}
-    overhead = overhead_figure(inputs)
-    forms = [overhead, f"{overhead}_merged"] if spec.merges else [overhead]
-    wanted = (quality_figure(spec, inputs), *AT_A_GLANCE, *forms)
-    return [rows[name] for name in wanted if name in rows]
+    wanted = (quality_figure(spec, inputs), *AT_A_GLANCE)
+    shown = [rows[name] for name in wanted if name in rows]
+    if name := overhead_figure(inputs):
+        reports = inputs.reports.items()
+        values = {one: as_served(report.figures(), name, spec.merges) for one, report in reports}
+        within = {one: as_served(report.intervals(), name, spec.merges) for one, report in reports}
+        served = _row(name, values, within, spec.labels)
+        shown.append(replace(served, title=f"{served.title}, as served"))
+    return shown
 
 
 def measured_how(inputs: Inputs) -> list[How]:
