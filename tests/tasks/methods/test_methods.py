@@ -127,15 +127,20 @@ def inputs_of(task: str) -> dict[str, torch.Tensor]:
 def test_every_method_of_the_recipe_is_in_the_table_and_on_its_page():
     assert set(METHODS) == set(CANDIDATES)
     page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
+    table, _, rest = page.partition("\n## ")
     for name, method in METHODS.items():
         assert name == method.name
         assert method.merges == CANDIDATES[name].MERGES
         assert method.format == CANDIDATES[name].FORMAT
-        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
+        [row] = [line for line in table.splitlines() if line.startswith(f"| `{name}` ")]
         _, family, _, merges, papers = (cell.strip() for cell in row.strip("|").split("|"))
         assert family == method.family
         assert (merges == "yes") == method.merges
         assert method.paper in papers or name == "full"
+        # What has fields of its own to leave out has a reason for each default.
+        if set(type(CANDIDATES[name]).model_fields) - {"method", "name", "train", "peft"}:
+            defaults = rest[rest.index("Defaults, and why") : rest.index("## Methods together")]
+            assert f"`{name}`" in defaults or name == "together"
 
 
 @pytest.mark.parametrize(("name", "task"), USES)
