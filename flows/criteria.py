@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from flows.records import RunRecord, Subject
-from schemas.report import TASK_METRICS
+from schemas.report import RETENTION, TASK_METRICS
 
 Get = Callable[[Subject], float | None]
 
@@ -25,6 +25,8 @@ TURBO = (
     ("speculation", "× no drafts", ".2f"),
     ("tokens_per_pass", "tokens a pass", ".2f"),
 )
+#: As the table calls it.
+FORGOTTEN = "retention, Δ loss"
 #: Metrics of which less is better.
 LESS = {name for known in TASK_METRICS.values() for name, more in known.items() if not more}
 
@@ -81,7 +83,7 @@ def lines_of(subjects: list[Subject]) -> list[Line]:
         Line("", name, reader(name), ".4f" if name != "perplexity" else ".3f", name in LESS)
         for name in metrics
     ]
-    accuracy.append(Line("", "retention, Δ loss", reader("retention_change"), "+.3f", True))
+    accuracy.append(Line("", FORGOTTEN, reader(RETENTION), "+.3f", True))
     ratios = [
         Line("", words(name), reader(name), ".2f", True)
         for name in dict.fromkeys(name for s in subjects for name in s.figures)
@@ -206,8 +208,9 @@ def subjects_of(record: RunRecord) -> list[Subject]:
 
 
 def interval(subject: Subject, name: str) -> str:
-    """The 95 % interval of a metric, half its width."""
-    metric = subject.accuracy["metrics"].get(name)
+    """The 95 % interval of a metric or of what was forgotten, half its width."""
+    known = subject.accuracy["metrics"] | {FORGOTTEN: subject.accuracy.get(RETENTION)}
+    metric = known.get(name)
     return f" ±{(metric['high'] - metric['low']) / 2:.3f}" if metric else ""
 
 

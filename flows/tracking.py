@@ -18,7 +18,7 @@ from flows.calls import Step
 from flows.home import Home
 from flows.records import RunRecord
 from schemas.recipe import Recipe
-from schemas.report import CurvePoint
+from schemas.report import RETENTION, CurvePoint
 from tasks.core.store import Entry
 
 if TYPE_CHECKING:
@@ -170,7 +170,9 @@ class Tracker:
         """Of several seeds the means, on the parent run: `lora-r16/accuracy`."""
         rows = []
         for subject in self._record.candidates if len(self._record.seeds) > 1 else []:
-            for name, interval in subject.accuracy["metrics"].items():
+            change = subject.accuracy[RETENTION]
+            known = {} if change is None else {RETENTION: change}
+            for name, interval in (subject.accuracy["metrics"] | known).items():
                 ends = (("", "value"), ("_low", "low"), ("_high", "high"))
                 rows += [(f"{subject.label}/{name}{end}", interval[key], 0) for end, key in ends]
         self._metrics(self._parent, rows)

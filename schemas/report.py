@@ -7,7 +7,7 @@ Every figure names its unit here and, in `how`, the way it was measured. The fla
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -109,6 +109,10 @@ class Computation(Strict):
     step_time_ratio_to_full: float | None
 
 
+#: The figure of what was forgotten, beside a task's metrics.
+RETENTION = "retention_change"
+
+
 class Accuracy(Strict):
     """The task's metrics on the held-out rows, and what was forgotten."""
 
@@ -121,7 +125,14 @@ class Accuracy(Strict):
     rows: int
     retention_loss: float | None = Field(description="Nats per token of general text.")
     retention_loss_base: float | None
-    retention_change: float | None = Field(description="retention_loss minus the base's.")
+    retention_change: Interval | None = Field(
+        description="retention_loss minus the base's, on the same texts."
+    )
+
+    def intervals(self) -> dict[str, Interval]:
+        """The metrics, and retention where it was measured."""
+        change = self.retention_change
+        return self.metrics | ({} if change is None else {RETENTION: change})
 
 
 class Latency(Strict):
@@ -181,15 +192,20 @@ class Comparison(Strict):
     how: str
 
     def over_seeds(self, label: str, report: CriteriaReport) -> CriteriaReport:
-        """A candidate's report (of its first seed) with the metrics of all seeds."""
-        found = self.candidates[label]
-        metrics = {
-            name: Interval.model_validate(found[name].model_dump(exclude={"seeds"}))
-            for name in report.accuracy.metrics
+        """A candidate's report (of its first seed) with the metrics and retention of all seeds."""
+        found = {
+            name: Interval.model_validate(seeded.model_dump(exclude={"seeds"}))
+            for name, seeded in self.candidates[label].items()
         }
-        return report.model_copy(
-            update={"accuracy": report.accuracy.model_copy(update={"metrics": metrics})}
-        )
+        before = report.accuracy
+        update: dict[str, Any] = {"metrics": {name: found[name] for name in before.metrics}}
+        if before.retention_loss_base is not None:
+            change = found[RETENTION]
+            update |= {
+                "retention_change": change,
+                "retention_loss": before.retention_loss_base + change.value,
+            }
+        return report.model_copy(update={"accuracy": before.model_copy(update=update)})
 
 
 class Swapping(Strict):
@@ -276,7 +292,6 @@ class CriteriaReport(Strict):
             **self.memory.model_dump(),
             **computation,
             "retention_loss": self.accuracy.retention_loss,
-            "retention_change": self.accuracy.retention_change,
         }
         if self.speculation is not None:
             flat["turbo_parameters"] = self.speculation.parameters
@@ -292,7 +307,7 @@ class CriteriaReport(Strict):
         return {name: float(value) for name, value in flat.items() if value is not None}
 
     def intervals(self) -> dict[str, Interval]:
-        """Those of `figures()` that have an interval: metrics, and ratios of latencies."""
+        """Those of `figures()` that have an interval: metrics, retention, ratios of latencies."""
         ratios = {
             f"{figure}_{self.tag(row)}": getattr(row, figure)
             for row in self.inference_overhead
@@ -303,7 +318,7 @@ class CriteriaReport(Strict):
             for speed in self.speculation.speeds:
                 timed[f"speedup_b{speed.batch_size}"] = speed.speedup
                 timed[f"speculation_b{speed.batch_size}"] = speed.speculation
-        return self.accuracy.metrics | timed
+        return self.accuracy.intervals() | timed
 
     def tag(self, row: Latency) -> str:
         """What the names of a latency's figures end in."""
@@ -333,7 +348,7 @@ def figure_names(task: str, batch_sizes: list[int], prompt_lengths: list[int]) -
     names = [*TASK_METRICS[task], "shipped_bytes", "ten_tasks_bytes", "adapter_mib"]
     names += ["trainable_parameters", "trainable_share"]
     names += [*Memory.model_fields, *Computation.model_fields]
-    names += ["retention_loss", "retention_change", "swap_ms", "ten_adapters_mib"]
+    names += ["retention_loss", RETENTION, "swap_ms", "ten_adapters_mib"]
     timed = [name for name in Latency.model_fields if name not in LATENCY_PLACE]
     if is_labelled(task):
         timed = [name for name in timed if not name.startswith("token_")]

@@ -111,7 +111,7 @@ class EvaluateSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     task: Task
     subject: Literal["base", "candidate", "finished"]

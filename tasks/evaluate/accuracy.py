@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import DivergedError, StageError
 from schemas.recipe import Evaluate
-from schemas.report import Accuracy, Example, Interval
+from schemas.report import RETENTION, Accuracy, Example, Interval
 from schemas.tasks import TASKS
 from tasks.core import bootstrap
 from tasks.core.entities import IGNORED
@@ -29,6 +29,7 @@ from tasks.core.tokens import TokenRows
 from tasks.evaluate.answers import FieldCounts, exact_match, field_counts, parse_object, rouge_l
 from tasks.evaluate.generate import generate
 from tasks.evaluate.prompted import Prompted
+from tasks.evaluate.retention import Retention, is_measured, measure_retention
 from tasks.evaluate.scoring import answer_losses, class_logits, token_scores
 from tasks.evaluate.spans import in_words, marked, predicted, span_counts
 from tasks.evaluate.subject import Subject
@@ -41,36 +42,57 @@ EXAMPLES = 8
 class Scores:
     """The metrics, and a prediction for each test row, in the order of the token file.
 
-    statistics: what each metric is computed from, by row.
+    statistics: what each metric, and retention, is computed from, by row.
+    retention: None where it was not measured.
     """
 
     metrics: dict[str, Interval]
     statistics: dict[str, bootstrap.Statistic]
     predictions: list[dict[str, Any]]
     how: str
+    retention: Retention | None = None
 
-    def accuracy(self, retention: float | None, retention_base: float | None) -> Accuracy:
-        """The criterion, with the retention losses of the subject and of its base."""
-        change = None
-        if retention is not None and retention_base is not None:
-            change = retention - retention_base
+    def accuracy(self) -> Accuracy:
+        """The criterion as the report has it."""
+        kept = self.retention
         return Accuracy(
             metrics=self.metrics,
             rows=len(self.predictions),
-            retention_loss=retention,
-            retention_loss_base=retention_base,
-            retention_change=change,
+            retention_loss=None if kept is None else kept.loss,
+            retention_loss_base=None if kept is None else kept.loss_base,
+            retention_change=None if kept is None else kept.interval,
         )
 
 
 def score(
     subject: Subject,
     model: torch.nn.Module,
+    base: torch.nn.Module | None,
     prepared: Path,
     evaluate: Evaluate,
     prompted: Prompted,
 ) -> Scores:
-    """Measure the task's metrics on the prepared test rows."""
+    """Measure the task's metrics on the prepared test rows, and retention on the general text.
+
+    Args:
+        base: the subject's (`Subject.base_beside`). Needed where `is_measured` says so.
+    """
+    scores = score_rows(subject, model, prepared, evaluate, prompted)
+    if not is_measured(subject.task, prepared):
+        return scores
+    assert base is not None
+    kept = measure_retention(model, base, prepared, evaluate)
+    return replace(scores, statistics=scores.statistics | {RETENTION: kept.change}, retention=kept)
+
+
+def score_rows(
+    subject: Subject,
+    model: torch.nn.Module,
+    prepared: Path,
+    evaluate: Evaluate,
+    prompted: Prompted,
+) -> Scores:
+    """The task's metrics alone."""
     rows = TokenRows.load(prepared / "tokens" / "test.safetensors")
     lines = (prepared / "test_rows.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line) for line in lines]
@@ -231,15 +253,6 @@ def score_answers(
         f"JSON object has none; {words}loss: nats per answer token, its end included, over all rows"
     )
     return Scores(intervals(statistics, evaluate), statistics, predictions, how)
-
-
-def retention_loss(model: torch.nn.Module, prepared: Path, label: str) -> float | None:
-    """Nats per token of the general text, or None where none was prepared."""
-    path = prepared / "tokens" / "retention.safetensors"
-    if not path.exists():
-        return None
-    loss_N, tokens_N = answer_losses(model, TokenRows.load(path), label)
-    return float(loss_N.sum() / max(1, tokens_N.sum()))
 
 
 def object_counts(generated: list[dict[str, Any]]) -> NDArray[np.int64] | None:

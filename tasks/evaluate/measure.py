@@ -49,12 +49,10 @@ def measure(
     subject = read_subject(spec, paths)
     with beside(started):
         model = subject.load().to(runtime.device())
-        own = subject.kind != "base" and not subject.is_prompt
-        base = subject.load_base().to(runtime.device()) if own else model
+        base = subject.base_beside(model)
         warn_if_base(model, base, paths["prepared"])
         prompted = asking(subject, model, spec.evaluate)
-        scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate, prompted)
-        retained = retention(subject, model, base, paths["prepared"])
+        scores = accuracy.score(subject, model, base, paths["prepared"], spec.evaluate, prompted)
         used = probes.read(started, subject.training_facts)
     test_rows = TokenRows.load(paths["prepared"] / "tokens" / "test.safetensors")
     more = prompted.more_tokens(test_rows)
@@ -74,7 +72,7 @@ def measure(
         storage=stored,
         memory=used,
         computation=computation.measure(subject, model, train_rows, spec.train),
-        accuracy=scores.accuracy(*retained),
+        accuracy=scores.accuracy(),
         inference_overhead=overhead,
         swapping=swapped,
         speculation=fast,
@@ -114,18 +112,6 @@ def warn_if_base(model: torch.nn.Module, base: torch.nn.Module, prepared: Path) 
         )
 
 
-def retention(
-    subject: Subject, model: torch.nn.Module, base: torch.nn.Module, prepared: Path
-) -> tuple[float | None, float | None]:
-    """Loss on general text of the subject and of its base, or None: nothing to measure it with."""
-    if is_labelled(subject.task):
-        return None, None
-    before = accuracy.retention_loss(base, prepared, "retention of the base")
-    if model is base:
-        return before, before
-    return accuracy.retention_loss(model, prepared, "retention"), before
-
-
 def inference_overhead(
     subject: Subject,
     model: torch.nn.Module,
@@ -152,7 +138,7 @@ def inference_overhead(
 def how(spec: EvaluateSpec, scores: accuracy.Scores) -> dict[str, str]:
     """Each criterion's measurement in words."""
     retained = (
-        "retention: loss per token of general text, minus the base's"
+        "retention: loss per token of general text, minus the base's on the same texts"
         if not is_labelled(spec.task)
         else f"retention: {NO_RETENTION[TASKS[spec.task].reads]}"
     )

@@ -20,7 +20,7 @@ def run(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, 
     """Measure the subject and write what `EvaluateSpec` names.
 
     Returns:
-        figures: `CriteriaReport.figures()`, or the metrics; method; intervals: metric to
+        figures: `CriteriaReport.figures()`, or those of criterion 4; method; intervals: metric to
         [low, high]; rows.
     """
     return score(spec, paths, out_dir) if spec.accuracy_only else criteria(spec, paths, out_dir)
@@ -41,17 +41,21 @@ def criteria(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[
 
 
 def score(spec: EvaluateSpec, paths: dict[str, Path], out_dir: Path) -> dict[str, Any]:
-    """The metrics on the test rows and nothing else: for further seeds, and trials of a search."""
+    """The metrics and retention alone: for further seeds, and trials of a search."""
     from tasks.core import runtime
     from tasks.evaluate import accuracy
     from tasks.evaluate.prompted import asking
+    from tasks.evaluate.retention import is_measured
     from tasks.evaluate.subject import read_subject
 
     subject = read_subject(spec, paths)
     model = subject.load().to(runtime.device())
     prompted = asking(subject, model, spec.evaluate)
-    scores = accuracy.score(subject, model, paths["prepared"], spec.evaluate, prompted)
-    figures = {name: interval.value for name, interval in scores.metrics.items()}
+    base = None
+    if is_measured(spec.task, paths["prepared"]):
+        base = subject.base_beside(model)
+    scores = accuracy.score(subject, model, base, paths["prepared"], spec.evaluate, prompted)
+    figures = {name: interval.value for name, interval in scores.accuracy().intervals().items()}
     return facts(subject.method, figures, scores, out_dir)
 
 
@@ -65,7 +69,8 @@ def facts(method: str, figures: dict[str, float], scores: Scores, out_dir: Path)
         "figures": figures,
         "method": method,
         "intervals": {
-            name: [interval.low, interval.high] for name, interval in scores.metrics.items()
+            name: [interval.low, interval.high]
+            for name, interval in scores.accuracy().intervals().items()
         },
         "rows": len(scores.predictions),
     }

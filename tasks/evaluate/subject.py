@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from schemas.manifest import Manifest
 from schemas.stages import EvaluateSpec
 from schemas.tasks import Task, is_labelled
+from tasks.core import runtime
 from tasks.core.adapters import is_adapter
 from tasks.core.models import load_base, load_trained, read_labels
 from tasks.core.progress import warn
@@ -93,6 +94,12 @@ class Subject:
                 quantisation=quantisation,
             )
         )
+
+    def base_beside(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What a subject is compared with, where it runs: its base, or the model itself where its
+        weights are the base's."""
+        own = self.kind != "base" and not self.is_prompt
+        return self.load_base().to(runtime.device()) if own else model
 
     def load_merged(self) -> torch.nn.Module:
         """The adapter folded into a base of its own, as a plain transformers model. As the merge

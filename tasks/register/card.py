@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from schemas.manifest import Manifest
-from schemas.report import CriteriaReport, DataReport
+from schemas.report import RETENTION, CriteriaReport, DataReport
 from schemas.stages import RegisterSpec
 from schemas.tasks import TASKS, is_labelled, reads_images
 from tasks.core.shots import EXAMPLES
@@ -20,7 +20,7 @@ UNITS = {
     "forward_flops_per_token": "FLOP",
     "step_time_s": "s",
     "train_tokens_per_s": "tokens/s",
-    "retention_change": "nats a token",
+    RETENTION: "nats a token",
 }
 
 
@@ -104,13 +104,14 @@ def data_hashes(manifests: dict[str, Manifest]) -> str:
 def criteria_table(report: CriteriaReport) -> str:
     figures = report.figures()
     lines = ["| figure | value | unit |", "|---|--:|---|"]
-    for name, interval in report.accuracy.metrics.items():
-        between = f"{interval.low:.4g} to {interval.high:.4g} (95 %)"
+    for name, interval in report.accuracy.intervals().items():
+        unit = f"{UNITS[name]}, " if name in UNITS else ""
+        between = f"{unit}{interval.low:.4g} to {interval.high:.4g} (95 %)"
         lines.append(f"| {name} | {interval.value:.4g} | {between} |")
     lines += [
         f"| {name} | {figures[name]:,.6g} | {unit} |"
         for name, unit in UNITS.items()
-        if name in figures
+        if name in figures and name != RETENTION
     ]
     for row in report.inference_overhead:
         what = f"batch {row.batch_size}, {'merged' if row.merged else 'unmerged'}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from schemas.report import Interval
+from schemas.report import RETENTION, Interval
 from schemas.stages import PageSpec
 from tasks.report.figures import figure, in_words, scale
 from tasks.report.inputs import BASE, TITLES, Inputs
@@ -78,7 +78,7 @@ def compared(spec: PageSpec, inputs: Inputs) -> dict[str, str]:
         "memory": "train_peak_mib" if "train_peak_mib" in having else "generate_peak_mib",
         "computation": "step_time_s" if "step_time_s" in having else "forward_flops_per_token",
         "overhead": overhead_figure(inputs),
-        "retention": "retention_change",
+        "retention": RETENTION,
     }
     return {criterion: name for criterion, name in wanted.items() if name in having}
 
@@ -87,7 +87,7 @@ def _subjects(x_name: str, y_name: str, inputs: Inputs, merges: bool) -> list[Su
     points = []
     for name, report in inputs.reports.items():
         flat = report.figures()
-        x, y = as_served(flat, x_name, merges), report.accuracy.metrics.get(y_name)
+        x, y = as_served(flat, x_name, merges), report.accuracy.intervals().get(y_name)
         if y is None and (value := as_served(flat, y_name, merges)) is not None:
             y = Interval(value=value, low=value, high=value)
         if x is not None and y is not None and math.isfinite(x) and math.isfinite(y.value):

@@ -26,10 +26,14 @@ def subject(label: str, number: int, merged: str = "") -> Subject:
         storage={},
         memory={},
         computation={},
-        accuracy={"metrics": {"exact_match": {"value": 0.5, "low": 0.4, "high": 0.6}}},
+        accuracy={
+            "metrics": {"exact_match": {"value": 0.5, "low": 0.4, "high": 0.6}},
+            "retention_change": {"value": 0.3, "low": 0.2, "high": 0.5},
+        },
         inference_overhead=[],
         figures={
             "exact_match": 0.95 - number / 100,
+            "retention_change": number / 10,
             "shipped_bytes": (1450.21 - number) * 2**20,
             "trainable_share": 1 - number / 100,
             "train_peak_mib": 12345 - number,
@@ -69,6 +73,9 @@ def test_few_candidates_stand_side_by_side_with_every_figure() -> None:
     heading = next(line for line in lines if NAMES[0] in line)
     assert heading.split() == ["base", NAMES[0], NAMES[1], "finished"]
     assert any("prefill, batch 8" in line and "7.77" in line for line in lines)
+    [forgot] = [line for line in lines if "retention, Δ loss" in line]
+    assert "+0.000 ±0.150 " in forgot
+    assert "+0.100 ±0.150 " in forgot
 
 
 def test_a_goal_that_is_no_metric_leaves_the_task_s_own() -> None:

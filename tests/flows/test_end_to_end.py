@@ -6,7 +6,6 @@ Also here, since it needs a run that is done: the servers, and the weekly deploy
 from __future__ import annotations
 
 import json
-import sqlite3
 import subprocess
 import sys
 import urllib.request
@@ -23,6 +22,7 @@ from flows.servers import answers, running
 from tasks.core.bases import base_files
 from tasks.register import registry
 from tasks.register.promote import ledger
+from tests.flows.databases import children, metrics, query
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -55,11 +55,6 @@ def ended(tiny: Path, home: Path, peftflow: Any) -> Any:
     ended = peftflow("run", tiny, "--home", home, "--json")
     assert ended.code == 0, ended.err
     return ended
-
-
-def query(database: Path, sql: str) -> list[Any]:
-    with sqlite3.connect(database) as connection:
-        return connection.execute(sql).fetchall()
 
 
 def flow_runs(home: Path) -> list[Any]:
@@ -98,21 +93,13 @@ def test_prefect_knows_every_task_as_completed(ended: Any, home: Path) -> None:
 def test_mlflow_compares_what_was_measured(ended: Any, home: Path) -> None:
     database = home / "mlflow" / "mlflow.db"
     parent = ended.record["mlflow_run"]
-    children = query(
-        database,
-        "select r.name, r.run_uuid, r.status from runs r join tags t on t.run_uuid = r.run_uuid "
-        f"where t.key = 'mlflow.parentRunId' and t.value = '{parent}'",
-    )
-    assert {(name, status) for name, _, status in children} == {
+    found = children(home, parent)
+    assert {(name, status) for name, _, status in found} == {
         (name, "FINISHED") for name in ("base", "lora-r4", "finished")
     }
-    by_name = {name: run_id for name, run_id, _ in children}
-    logged = query(
-        database,
-        f"select key, value from latest_metrics where run_uuid = '{by_name['lora-r4']}'",
-    )
+    by_name = {name: run_id for name, run_id, _ in found}
     figures = ended.record["candidates"][0]["figures"]
-    assert figures.items() <= dict(logged).items()
+    assert figures.items() <= metrics(home, by_name["lora-r4"]).items()
     curve = query(
         database,
         "select step from metrics where key = 'train_loss' "

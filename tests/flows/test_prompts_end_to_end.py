@@ -13,10 +13,12 @@ import pytest
 import yaml
 
 from tasks.core.store import read_manifest
+from tests.flows.databases import children, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
+RETENTION_TEXT = ROOT / "recipes" / "quickstart" / "retention.jsonl"
 
 #: Loads a version where none of this project can be imported, and prints its answers.
 STRANGER = """
@@ -43,6 +45,8 @@ def recipe(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     changes: dict[str, Any] = {
         # One prompt at a time and a batch of them differ in bfloat16, by a rounding.
         "base": {**tree["base"], "dtype": "float32"},
+        "seeds": [0, 1],
+        "data": {**tree["data"], "retention": {"path": str(RETENTION_TEXT)}},
         "candidates": [
             {"method": "zero_shot"},
             {"method": "few_shot", "examples": 2},
@@ -95,6 +99,25 @@ def test_what_trains_nothing_is_compared_and_selected(record: dict[str, Any], ho
     page = Path(record["report"]).read_text()
     assert "few_shot-2" in page
     assert "prompts are" in page
+
+
+def test_every_seed_stands_in_mlflow_with_what_it_learned_and_forgot(
+    record: dict[str, Any], home: Path
+) -> None:
+    """A run for each candidate and seed, and the means over seeds on their parent."""
+    parent = record["mlflow_run"]
+    runs = {name: run_id for name, run_id, _ in children(home, parent)}
+    assert {"lora-r4 seed 0", "lora-r4 seed 1"} <= {*runs}
+    means = metrics(home, parent)
+    for name in ("loss", "retention_change"):
+        own = [metrics(home, runs[f"lora-r4 seed {seed}"])[name] for seed in (0, 1)]
+        assert own[0] != own[1]
+        assert means[f"lora-r4/{name}"] == pytest.approx(sum(own) / 2)
+        assert means[f"lora-r4/{name}_low"] <= min(own)
+        assert means[f"lora-r4/{name}_high"] >= max(own)
+    [lora] = [one for one in record["candidates"] if one["label"] == "lora-r4"]
+    assert lora["figures"]["retention_change"] == pytest.approx(means["lora-r4/retention_change"])
+    assert means["few_shot-2/retention_change"] == 0
 
 
 def test_the_version_gives_the_answers_that_were_evaluated(

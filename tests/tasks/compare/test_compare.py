@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import StageError
-from schemas.report import Comparison
+from schemas.report import RETENTION, Comparison, CriteriaReport, Interval
 from schemas.stages import CompareSpec
 from tasks.compare.paired import Resamples, difference, mcnemar, over_seeds
 from tasks.compare.stage import compare, run
@@ -194,3 +194,31 @@ def test_the_stage_reads_what_evaluations_leave(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert set(found["candidates"]["a"]) == {"accuracy", "macro_f1", "perplexity"}
     assert found["pairs"][0]["p"] < 0.05
+
+
+def test_what_is_forgotten_is_of_all_seeds_too() -> None:
+    """Texts are other rows than the test rows, and as many as they are."""
+    first = Path(__file__).parents[2] / "flows" / "criteria.json"
+    report = CriteriaReport.model_validate_json(first.read_text())
+    learned = report.accuracy.model_copy(
+        update={
+            "retention_loss": 3.1,
+            "retention_loss_base": 3.0,
+            "retention_change": Interval(value=0.1, low=0.1, high=0.1),
+        }
+    )
+    report = report.model_copy(update={"accuracy": learned})
+    forgot = [bootstrap.ratio(np.full(30, 40 * nats), np.full(30, 40)) for nats in (0.1, 0.5, 0.9)]
+    asked = spec(["a"], [0, 1, 2], "loss")
+    loss = bootstrap.mean(np.random.default_rng(0).random(50))
+    found = compare(asked, {"a": [{"loss": loss, RETENTION: one} for one in forgot]})
+    told = found.over_seeds("a", report)
+    assert found.candidates["a"][RETENTION].seeds == pytest.approx([0.1, 0.5, 0.9])
+    change = told.accuracy.retention_change
+    assert change is not None
+    # Every text forgets alike, so that seeds alone, drawn anew, make the interval.
+    assert (change.value, change.low, change.high) == pytest.approx((0.5, 0.1, 0.9))
+    assert told.figures()[RETENTION] == pytest.approx(0.5)
+    assert told.accuracy.retention_loss == pytest.approx(3.5)
+    assert told.accuracy.retention_loss_base == 3.0
+    assert set(told.accuracy.metrics) == {"loss"}

@@ -14,9 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from schemas.candidates import Full
 from schemas.errors import StageError
-from schemas.report import CriteriaReport, figure_names
+from schemas.report import CriteriaReport, Interval, figure_names
 from schemas.stages import Call
+from tasks.core.bootstrap import load_statistics
 from tasks.core.store import Store, read_manifest
+from tasks.core.tokens import TokenRows
 from tasks.evaluate import probes
 from tasks.evaluate.accuracy import chosen_by_hash, require_finite
 from tasks.evaluate.measure import warn_if_base
@@ -66,7 +68,7 @@ def test_base_through_the_command_line(causal, tmp_path) -> None:
     (entry,) = Store(tmp_path / "store").entries()
     report, predictions = read(entry.path)
     assert (report.subject, report.method, report.storage.shipped_bytes) == ("base", "base", 0)
-    assert report.accuracy.retention_change == 0
+    assert report.accuracy.retention_change == Interval(value=0, low=0, high=0)
     assert report.memory.generate_peak_mib == report.memory.base_generate_peak_mib
     assert report.computation.backward_flops_per_token is None
     assert report.swapping is None
@@ -91,8 +93,51 @@ def test_candidate_has_every_figure_that_a_bound_can_name(candidate, causal) -> 
     # As the train entry's manifest says.
     assert facts["figures"]["train_peak_mib"] == 12.5
     assert facts["figures"]["train_rest_mib"] == -0.5
-    assert report.accuracy.retention_change != 0
     assert 0 < report.computation.flops_ratio_to_full < 1
+
+
+def test_what_is_forgotten_is_the_loss_that_switching_the_adapter_on_adds(
+    candidate, causal_lora
+) -> None:
+    """By hand: token by token over the general text, with the adapter and without it."""
+    report, _, facts = candidate
+    found = report.accuracy
+    model = read_subject(causal_lora.spec, causal_lora.paths).load()
+    texts = TokenRows.load(causal_lora.paths["prepared"] / "tokens" / "retention.safetensors")
+    assert len(texts) > 1
+
+    def nats(index: int) -> float:
+        ids = torch.from_numpy(texts.row(index).astype("int64"))
+        log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        return -sum(log_p[place, token].item() for place, token in enumerate(ids[1:]))
+
+    with torch.inference_mode():
+        after = [nats(index) for index in range(len(texts))]
+        with model.disable_adapter():
+            before = [nats(index) for index in range(len(texts))]
+    tokens = sum(len(texts.row(index)) - 1 for index in range(len(texts)))
+    # Rows are batched there and alone here: other sums in float32, of some 7 digits.
+    assert found.retention_loss == pytest.approx(sum(after) / tokens, rel=1e-5)
+    assert found.retention_loss_base == pytest.approx(sum(before) / tokens, rel=1e-5)
+    change = found.retention_change
+    assert change.value == pytest.approx((sum(after) - sum(before)) / tokens, rel=1e-3, abs=1e-6)
+    assert change.value != 0
+    each = [
+        (one - other) / (len(texts.row(index)) - 1)
+        for index, (one, other) in enumerate(zip(after, before, strict=True))
+    ]
+    assert min(each) - 1e-6 <= change.low <= change.value <= change.high <= max(each) + 1e-6
+    assert facts["intervals"]["retention_change"] == [change.low, change.high]
+
+
+def test_a_further_seed_is_scored_with_what_it_forgot(candidate, causal_lora, tmp_path) -> None:
+    report, _, facts = candidate
+    spec = causal_lora.spec.model_copy(update={"accuracy_only": True})
+    scored = run(spec, causal_lora.paths, tmp_path)
+    four = {*report.accuracy.metrics, "retention_change"}
+    assert scored["figures"] == {name: facts["figures"][name] for name in four}
+    assert scored["intervals"] == {name: facts["intervals"][name] for name in four}
+    assert set(load_statistics(tmp_path / "statistics.safetensors")) == four
 
 
 def test_predictions_add_up_to_the_metrics(candidate) -> None:

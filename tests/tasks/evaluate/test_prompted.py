@@ -158,7 +158,7 @@ def test_few_shot_is_the_base_behind_rows(letters, tmp_path, count) -> None:
     base, _ = read(letters, tmp_path / "base")
     assert report.accuracy.metrics["loss"] != base.accuracy.metrics["loss"]
     assert report.accuracy.retention_loss == base.accuracy.retention_loss
-    assert report.accuracy.retention_change == 0
+    assert report.accuracy.retention_change.value == 0
     assert "retention without them, so that it is the base's" in report.how["accuracy"]
     none = ("backward_flops_per_token", "step_time_s", "train_tokens_per_s", "flops_ratio_to_full")
     assert [getattr(report.computation, name) for name in none] == [None] * 4
@@ -227,7 +227,7 @@ def test_a_score_is_that_of_the_whole_measurement(letters, tmp_path) -> None:
     facts = run(spec, world.paths, tmp_path / "score")
     assert facts["method"] == "few_shot"
     assert facts["figures"] == {
-        name: interval.value for name, interval in report.accuracy.metrics.items()
+        name: interval.value for name, interval in report.accuracy.intervals().items()
     }
     for name in ("predictions.jsonl", "statistics.safetensors"):
         assert (tmp_path / "score" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()

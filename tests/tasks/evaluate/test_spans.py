@@ -88,7 +88,7 @@ def subject() -> Subject:
 
 def scored(model: nn.Module, prepared: Path) -> Scores:
     evaluate = Evaluate(bootstrap=100)
-    return score(subject(), model, prepared, evaluate, asking(subject(), model, evaluate))
+    return score(subject(), model, None, prepared, evaluate, asking(subject(), model, evaluate))
 
 
 @settings(

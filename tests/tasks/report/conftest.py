@@ -145,7 +145,7 @@ def criteria(
             rows=400,
             retention_loss=2.914 + retention,
             retention_loss_base=2.914,
-            retention_change=retention,
+            retention_change=Interval(value=retention, low=retention - 0.02, high=retention + 0.02),
         ),
         inference_overhead=[
             Latency(
@@ -281,7 +281,7 @@ def data_report() -> DataReport:
 
 def comparison(found: dict[str, CriteriaReport]) -> Comparison:
     """Of two seeds that gave the same: one of the three candidates is told apart from the best."""
-    metrics = {name: report.accuracy.metrics for name, report in found.items()}
+    metrics = {name: report.accuracy.intervals() for name, report in found.items()}
     labels = [name for name in found if name not in ("base", "finished")]
     return Comparison(
         metric="exact_match",
