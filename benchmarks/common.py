@@ -35,6 +35,11 @@ def at_most(name: str, value: float, unit: str, limit: float) -> Result:
     return Result(name, round(value, 4), unit, f"<= {limit}", value <= limit)
 
 
+def portable(argument: str) -> str:
+    """An argument as others would write it: a place of this machine is `DIR`."""
+    return "DIR" if Path(argument).is_absolute() else argument
+
+
 def write(name: str, rows: list[Result], *, quick: bool, notes: str = "") -> None:
     """Print the table; write benchmarks/results/NAME.json (NAME.quick.json for a short run)."""
     table = Table(title=f"benchmarks: {name}" + (" --quick" if quick else ""))
@@ -61,7 +66,9 @@ def keep(name: str, rows: list[Result], *, quick: bool, notes: str = "") -> Path
             "libraries": libraries(),
             "python": sys.version.split()[0],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "command": " ".join(
+                ["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(portable, sys.argv[1:])]
+            ),
         },
         "notes": notes,
         "rows": [asdict(row) for row in rows],

@@ -195,7 +195,7 @@ class PageSpec(Spec):
     """
 
     STAGE: ClassVar[str] = "report"
-    VERSION: ClassVar[int] = 6
+    VERSION: ClassVar[int] = 7
 
     recipe_name: str
     recipe_yaml: str

@@ -123,8 +123,9 @@ def overview(spec: PageSpec, inputs: Inputs, groups: list[Group]) -> list[Row]:
     if not numbers(spec):
         return []
     rows = {row.names.split()[0]: row for group in groups for row in group.rows}
-    wanted = (quality_figure(spec, inputs), *AT_A_GLANCE)
-    shown = [rows[name] for name in wanted if name in rows]
+    quality = quality_figure(spec, inputs)
+    shown = [rows[quality]] if quality in rows else []
+    shown += [bare(rows[name]) for name in AT_A_GLANCE if name in rows]
     if name := overhead_figure(inputs):
         reports = inputs.reports.items()
         values = {one: as_served(report.figures(), name, spec.merges) for one, report in reports}
@@ -132,6 +133,11 @@ def overview(spec: PageSpec, inputs: Inputs, groups: list[Group]) -> list[Row]:
         served = _row(name, values, within, spec.labels)
         shown.append(replace(served, title=f"{served.title}, as served"))
     return shown
+
+
+def bare(row: Row) -> Row:
+    """Without intervals, for which the overview has no room: the table below it has them."""
+    return replace(row, cells=[cell and replace(cell, interval=None) for cell in row.cells])
 
 
 def measured_how(inputs: Inputs) -> list[How]:
