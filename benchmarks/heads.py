@@ -1,11 +1,14 @@
 """What each part of Turbo heads is worth: one thing changed at a time, on one model.
 
-    python benchmarks/heads.py [--quick] [--work DIR] [--size grown] [--task gsm8k]
+    python benchmarks/heads.py [--quick] [--work DIR] [--size grown] [--task gsm8k] [--rates]
 
 Every variant learns from the same stored states in the same order for the same steps, and drafts
 for the same test prompts with trees of 16 nodes, without lookup. Tokens a pass depend on no clock.
 Losses are of texts that were not learned, and those of other numbers of heads are not comparable.
 What is made on the way is kept in DIR, where `decode.py` finds it too.
+
+With --rates instead: these heads and Medusa-1's, each at several learning rates, on trees of 16
+and of 64 nodes; the best of each are compared.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from common import Result, write
+from common import Result, at_least, write
 from speculation.contenders import Desk
 from speculation.material import Learned, desk_of, learned, loaded, prompts_of, split
+from speculation.medusa import train_medusa
 from speculation.subjects import SIZES, TASKS, TURBO, Subject, subject
 
 from schemas.turbo import Turbo
@@ -84,6 +88,10 @@ VARIANTS = (
 )
 QUICK = ("as it is", "a chain, no tree", "no state")
 
+#: Learning rates, thrice each other, around the recipe's and around Medusa's own.
+RATES = {"Turbo": (1e-3, 3e-3, 1e-2, 3e-2), "Medusa-1": (3e-4, 1e-3, 3e-3, 1e-2)}
+TREES = (NODES, 64)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,6 +99,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep what is made here; else nothing is kept")
     parser.add_argument("--size", choices=SIZES, default="embedded")
     parser.add_argument("--task", choices=sorted(TASKS), default="json")
+    parser.add_argument("--rates", action="store_true", help="rates in place of parts")
     arguments = parser.parse_args()
     if added := waiting(os.environ):
         environment = {**os.environ, **added}
@@ -100,11 +109,12 @@ def main() -> None:
         work = (arguments.work or Path(name)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         own = subject(arguments.size, arguments.task, work)
-        rows = measure(own, turbo, work, arguments.quick)
+        chosen = rates if arguments.rates else measure
+        rows = chosen(own, turbo, work, arguments.quick)
     notes = f"{arguments.size} model, {arguments.task}. " + " ".join(
         __doc__.split("\n\n", 2)[2].split()
     )
-    write("heads", rows, quick=arguments.quick, notes=notes)
+    write("heads_rates" if arguments.rates else "heads", rows, quick=arguments.quick, notes=notes)
 
 
 def measure(own: Subject, turbo: Turbo, work: Path, quick: bool) -> list[Result]:
@@ -132,6 +142,33 @@ def measure(own: Subject, turbo: Turbo, work: Path, quick: bool) -> list[Result]
             Result(f"{variant.name}: parameters", round(parameters, 4), "of Medusa-1's"),
         ]
         print(rows[-3], rows[-2].value, file=sys.stderr, flush=True)
+    return rows
+
+
+def rates(own: Subject, turbo: Turbo, work: Path, quick: bool) -> list[Result]:
+    """Tokens a pass by learning rate, and the best of Turbo's to the best of Medusa-1's."""
+    desk, prompts = desk_of(own, loaded(own.merged.path / "model")), prompts_of(own)[:COMPARED]
+    material = learned(own, desk, turbo, work)
+    rows: list[Result] = []
+    best = {name: dict.fromkeys(TREES, 0.0) for name in RATES}
+    for name, tried in RATES.items():
+        for rate in tried[1:3] if quick else tried:
+            if name == "Turbo":
+                at_rate = turbo.model_copy(update={"learning_rate": rate})
+                heads, _ = trained(VARIANTS[0], desk, material, at_rate)
+            else:
+                heads = train_medusa(desk.parts, material, turbo, rate)
+            for nodes in TREES:
+                _, account = desk.loop(heads, pace=Fixed(nodes))(prompts)
+                assert account is not None
+                found = account.tokens_per_pass
+                best[name][nodes] = max(best[name][nodes], found)
+                told = f"{name} at {rate:g}, {nodes} nodes: tokens a pass"
+                rows.append(Result(told, round(found, 3), ""))
+                print(rows[-1], file=sys.stderr, flush=True)
+    for nodes in TREES:
+        share = best["Turbo"][nodes] / best["Medusa-1"][nodes]
+        rows.append(at_least(f"{nodes} nodes: the best to Medusa-1's best", share, "x", 1.0))
     return rows
 
 

@@ -6,7 +6,7 @@ one residual block of full rank, zero at the start, and an lm_head L_k of its ow
 which starts as the model's: K (d^2 + d + d V) parameters. Loss: cross-entropy with the token that
 was written, head k weighted 0.8^k. Trained here on the same stored states as Turbo's heads, in the
 same order, for the same steps and with AdamW and the same clipping, schedule and batches; the rate
-is Medusa's own (1e-3).
+is Medusa's own (1e-3) where none is named.
 """
 
 from __future__ import annotations
@@ -55,11 +55,14 @@ class MedusaHeads(TurboHeads):
         return torch.stack([self.head(k, x_ND) for k in range(count)])
 
 
-def train_medusa(parts: Parts, material: Learned, turbo: Turbo) -> MedusaHeads:
-    """Heads trained on the chosen texts, as many and for as many steps as `turbo` says."""
+def train_medusa(
+    parts: Parts, material: Learned, turbo: Turbo, rate: float = LEARNING_RATE
+) -> MedusaHeads:
+    """Heads trained on the chosen texts, as many and for as many steps as `turbo` says, at a
+    learning rate of their own."""
     states, chosen = material.states, material.chosen
     heads = MedusaHeads(turbo.heads, parts.scored)
-    schedule = schedule_of(turbo).model_copy(update={"learning_rate": LEARNING_RATE})
+    schedule = schedule_of(turbo).model_copy(update={"learning_rate": rate})
     plan = Plan(states.lengths[chosen], turbo.batch_tokens, turbo.seed)
     steps = total_steps(schedule, plan.steps_per_epoch)
     optimizer = torch.optim.AdamW(heads.parameters(), weight_decay=0.0, fused=True)
